@@ -1,0 +1,51 @@
+"""Errors of the kernels. Every message says what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class KernelError(Exception):
+    """Root of all errors that kernels raise."""
+
+
+class ShapeError(KernelError):
+    """An array or a matrix has the wrong shape, layout or length."""
+
+
+class DTypeError(KernelError):
+    """An array has the wrong dtype."""
+
+
+class UnsupportedFormat(KernelError):
+    """A weight format that these kernels do not know."""
+
+
+class OpenMPMissing(KernelError):
+    """numba found no OpenMP runtime."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"numba's OpenMP threading layer is required, {found}. Install the GNU OpenMP runtime "
+            "(Debian, Ubuntu: apt install libgomp1; Fedora: dnf install libgomp; macOS: brew install libomp)."
+        )
+
+
+class CollectiveError(KernelError):
+    """A collective between ranks did not complete."""
+
+
+class CollectiveTimeout(CollectiveError):
+    """Some ranks did not arrive before the deadline; `missing` names them."""
+
+    def __init__(self, rank: int, missing: Sequence[int], seconds: float) -> None:
+        self.rank, self.missing = rank, tuple(missing)
+        names = ", ".join(str(r) for r in self.missing)
+        super().__init__(f"rank {rank} waited {seconds:g} s in a collective; missing ranks: {names}")
+
+
+class CollectiveAborted(CollectiveError):
+    """Some rank called abort() on the group."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} left a collective because the group was aborted")

@@ -1,0 +1,143 @@
+"""Frozen descriptions: one decoder (`ModelConfig`) and one rank's part of it (`ShardSpec`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "llama3"; the other fields only matter for
+    the kinds that read them. Rotate-half pairing always (interleaved checkpoints are permuted at load)."""
+
+    theta: float = 10000.0
+    rotary_dim: int = 0  # values of each head that rotate, even
+    scaling: str = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The family-neutral description of one decoder, made from config.json or GGUF by `families/`."""
+
+    family: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_position: int
+    norm_eps: float
+    rope: RopeConfig
+    tie_embeddings: bool = False
+    attention_bias: bool = False  # on q, k, v
+    output_bias: bool = False  # on the attention output
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.heads // self.kv_heads
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of K and V of one token over all layers, unsharded."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True)
+class Span:
+    """A half-open range of rows, columns, heads or tokens."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def scaled(self, unit: int) -> Span:
+        return Span(self.start * unit, self.stop * unit)
+
+
+def split_evenly(total: int, parts: int) -> tuple[Span, ...]:
+    """Cut `total` units into `parts` spans that differ by at most one; the first ones take the remainder."""
+    base, extra = divmod(total, parts)
+    starts = [i * base + min(i, extra) for i in range(parts + 1)]
+    return tuple(Span(a, b) for a, b in zip(starts, starts[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """One rank's place on the tensor-parallel axis of `model`. It owns every slice computation; model code
+    contains no rank arithmetic.
+
+    KV heads are the unit of the attention split and query heads follow theirs. Where there are more ranks
+    than KV heads, KV heads are replicated and query heads are split within the head's group. The MLP is
+    split in units of `group` inputs so that no quantisation group of the row-parallel down projection is
+    cut; the vocabulary is split in units of 64 rows (the kernels' panel height).
+    """
+
+    model: ModelConfig
+    tp_size: int = 1
+    tp_rank: int = 0
+    group: int = 1  # quantisation group along K, 1 for float weights
+
+    def for_rank(self, rank: int) -> ShardSpec:
+        return ShardSpec(self.model, self.tp_size, rank, self.group)
+
+    @cached_property
+    def kv_heads(self) -> Span:
+        """KV heads this rank holds."""
+        m, tp = self.model, self.tp_size
+        if tp <= m.kv_heads:
+            return split_evenly(m.kv_heads, tp)[self.tp_rank]
+        owner = self._kv_owner(self.tp_rank)
+        return Span(owner, owner + 1)
+
+    @cached_property
+    def heads(self) -> Span:
+        """Query heads this rank computes; whole KV groups, or a part of one where tp > kv_heads."""
+        m, tp = self.model, self.tp_size
+        if tp <= m.kv_heads:
+            return self.kv_heads.scaled(m.heads_per_kv)
+        owner = self._kv_owner(self.tp_rank)
+        sharers = [r for r in range(tp) if self._kv_owner(r) == owner]
+        part = split_evenly(m.heads_per_kv, len(sharers))[sharers.index(self.tp_rank)]
+        base = owner * m.heads_per_kv
+        return Span(base + part.start, base + part.stop)
+
+    def _kv_owner(self, rank: int) -> int:
+        spans = split_evenly(self.tp_size, self.model.kv_heads)
+        return next(h for h, s in enumerate(spans) if s.start <= rank < s.stop)
+
+    @cached_property
+    def intermediate(self) -> Span:
+        """Rows of gate and up, columns of down."""
+        units = -(-self.model.intermediate // self.group)
+        span = split_evenly(units, self.tp_size)[self.tp_rank].scaled(self.group)
+        return Span(span.start, min(span.stop, self.model.intermediate))
+
+    @cached_property
+    def vocab(self) -> Span:
+        """Rows of the embedding and the LM head."""
+        unit = 64 if self.model.vocab >= 64 * self.tp_size else 1
+        units = -(-self.model.vocab // unit)
+        span = split_evenly(units, self.tp_size)[self.tp_rank].scaled(unit)
+        return Span(span.start, min(span.stop, self.model.vocab))
+
+    @property
+    def q_rows(self) -> Span:
+        """Rows of q_proj, and columns of o_proj."""
+        return self.heads.scaled(self.model.head_dim)
+
+    @property
+    def kv_rows(self) -> Span:
+        """Rows of k_proj and v_proj."""
+        return self.kv_heads.scaled(self.model.head_dim)

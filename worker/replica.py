@@ -1,0 +1,165 @@
+"""The leader's loop: one thread on rank 0 that schedules, broadcasts, runs and postprocesses.
+
+Other threads talk to it only through submit, cancel, drain, stop and load; the scheduler itself knows nothing of
+threads. When a step fails, every live request ends with an ERROR event, the state becomes "failed" and names
+the rank to blame; the controller then rebuilds the group, and the gateway resumes the streams elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from flm.kernels.errors import CollectiveAborted, CollectiveTimeout, KernelError
+from flm.worker.channel import LeaderChannel
+from flm.worker.config import ModelConfig
+from flm.worker.errors import FlmError, InternalError, RankFailed, Unavailable
+from flm.worker.request import Request, TokenEvent
+from flm.worker.runner import Runner
+from flm.worker.scheduler import Load, Scheduler
+
+log = logging.getLogger(__name__)
+
+OnEvents = Callable[[list[TokenEvent]], None]
+FAREWELL = 0.3  # seconds given to a failing rank to say why
+
+
+class Replica:
+    """A running replica group, seen from its leader. `state` is "ready", "draining", "failed" or "stopped"."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        channel: LeaderChannel,
+        model_config: ModelConfig,
+        max_context: int,
+    ) -> None:
+        self.model_config, self.max_context = model_config, max_context
+        self.state, self.failure, self.step = "ready", "", 0
+        self._scheduler, self._runner, self._channel = scheduler, runner, channel
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._cancelled: list[TokenEvent] = []
+        self._step_began = 0.0  # monotonic; 0 while idle
+        self._thread = threading.Thread(target=self._loop, name="replica", daemon=True)
+        self._on_events: OnEvents = lambda events: None
+
+    def start(self, on_events: OnEvents) -> None:
+        """Begin to serve. `on_events` is called once per engine step, on the loop's thread."""
+        self._on_events = on_events
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises Overloaded, InvalidRequest, or Unavailable when this replica takes no more."""
+        with self._lock:
+            if self.state != "ready":
+                raise Unavailable(
+                    f"this replica is {self.state}{': ' + self.failure if self.failure else ''}"
+                )
+            self._scheduler.add(request, time.monotonic())
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request within one step; unknown or finished ones are ignored, for cancels race with ends."""
+        with self._lock:
+            event = self._scheduler.cancel(request_id, time.monotonic())
+            if event is not None:
+                self._cancelled.append(event)
+                self._wake.notify()
+
+    def drain(self) -> None:
+        """Take no new requests; running ones go on."""
+        with self._lock:
+            if self.state == "ready":
+                self.state = "draining"
+
+    def stop(self) -> None:
+        """Stop the loop; live requests end with an ERROR event, so that they can go on elsewhere."""
+        with self._lock:
+            if self.state != "failed":
+                self.state = "stopped"
+            self._wake.notify()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def load(self) -> Load:
+        with self._lock:
+            return self._scheduler.load()
+
+    def check(self) -> None:
+        """Assert that every KV block is accounted for."""
+        with self._lock:
+            self._scheduler.pool.check()
+
+    def step_age(self) -> float:
+        """Seconds since the present step began, 0 while idle."""
+        began = self._step_began
+        return time.monotonic() - began if began else 0.0
+
+    def _loop(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._on_events(self._one_step())
+            self._end("the replica was stopped", "stopped")
+            self._channel.stop()
+        except Exception as error:  # whatever it was, no stream may be left hanging
+            self._fail(error)
+
+    def _wait_for_work(self) -> bool:
+        with self._lock:
+            while self.state in ("ready", "draining") and not (self._scheduler.has_work or self._cancelled):
+                self._step_began = 0.0
+                self._wake.wait()
+            self._step_began = time.monotonic()
+            return self.state in ("ready", "draining")
+
+    def _one_step(self) -> list[TokenEvent]:
+        with self._lock:
+            events, self._cancelled = self._cancelled, []
+            plan = self._scheduler.schedule(time.monotonic())
+        if plan is None:
+            return events
+        self._channel.send(plan)
+        result = self._runner.run(plan)
+        assert result is not None, "the leader's runner samples"
+        with self._lock:
+            self.step += 1
+            return events + self._scheduler.postprocess(plan, result, time.monotonic())
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = self._blame(error)
+        log.error(
+            "replica failed: %s", self.failure, exc_info=error if not isinstance(error, FlmError) else None
+        )
+        self._end(self.failure, "failed")
+
+    def _blame(self, error: Exception) -> str:
+        """Name the rank: one that said why it left, else those missing in the collective."""
+        if isinstance(error, CollectiveAborted | CollectiveTimeout):
+            said = self._channel.failures(FAREWELL)
+            if said:
+                return "; ".join(f"rank {rank} failed: {why}" for rank, why in sorted(said.items()))
+            if isinstance(error, CollectiveTimeout):
+                return f"rank {', '.join(map(str, error.missing))} hung: {error}"
+        if isinstance(error, KernelError | FlmError):
+            return f"rank 0: {error}"
+        return f"rank 0: {type(error).__name__}: {error}"
+
+    def _end(self, why: str, state: str) -> None:
+        with self._lock:
+            self.state, self._step_began = state, 0.0
+            events = self._cancelled + self._scheduler.fail_all(why)
+            self._cancelled = []
+        self._on_events(events)
+
+
+def as_flm_error(error: Exception) -> FlmError:
+    """An error of the kernels or of ours, as the one tree that users see."""
+    if isinstance(error, FlmError):
+        return error
+    if isinstance(error, CollectiveAborted | CollectiveTimeout):
+        return RankFailed(str(error))
+    return InternalError(f"{type(error).__name__}: {error}")

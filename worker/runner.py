@@ -1,0 +1,167 @@
+"""The runner: StepPlan -> arrays -> decoder -> sampled ids. One per rank.
+
+It keeps, for every slot, the tokens and the block table, in fixed arrays that the step's ops read. Steps that
+only decode are captured once per batch size and replayed.
+
+Shape legend: T tokens of the step, S rows to sample, B blocks per sequence, N top log-probabilities.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flm.kernels.backend import Backend, Graph
+from flm.worker.model import Decoder, StepInputs
+from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
+from flm.worker.request import SamplingParams
+from flm.worker.sampling import SamplingRow, build_batch
+from numpy.typing import NDArray
+
+Array = Any
+
+
+class SlotState:
+    """What one rank knows of one running sequence."""
+
+    def __init__(self, new: NewSequence, max_context: int) -> None:
+        self.tokens: NDArray[np.int32] = np.empty(max_context + 1, np.int32)
+        self.count = 0
+        self.num_prompt = new.num_prompt
+        self.params: SamplingParams = new.params
+        self.blocks = 0
+        self.append(new.token_ids)
+
+    def append(self, tokens: list[int]) -> None:
+        self.tokens[self.count : self.count + len(tokens)] = tokens
+        self.count += len(tokens)
+
+
+class Runner:
+    """Runs step plans on one rank. The leader (rank 0) also samples and returns a StepResult."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        backend: Backend,
+        *,
+        block_size: int,
+        max_context: int,
+        max_sequences: int,
+        max_tokens: int,
+        leader: bool,
+        capture: bool = True,
+    ) -> None:
+        self.model, self.backend, self.leader, self.capture = model, backend, leader, capture
+        self.block_size, self.max_context = block_size, max_context
+        self.slots: dict[int, SlotState] = {}
+        blocks = -(-max_context // block_size)
+        int32 = lambda *shape: np.zeros(shape, np.int32)
+        self._tables_SB = int32(max_sequences, blocks)
+        self._ids_T, self._positions_T = int32(max_tokens), int32(max_tokens)
+        self._slots_T, self._sequence_T = int32(max_tokens), int32(max_tokens)
+        self._rows_S = int32(max_sequences)
+        self._sampled_S, self._logprobs_S = int32(max_sequences), np.zeros(max_sequences, np.float32)
+        self._graphs: dict[int, tuple[Graph, Array]] = {}
+
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Carry out one plan; a StepResult on the leader, None on the others."""
+        self._apply(plan)
+        tokens = self._fill(plan.scheduled)
+        rows = [i for i, item in enumerate(plan.scheduled) if item.sample]
+        logits_SV = self._forward(plan, tokens, len(rows))
+        if not self.leader:
+            return None
+        return StepResult(plan.step, self._sample([plan.scheduled[i] for i in rows], logits_SV))
+
+    def all_logits(self, plan: StepPlan) -> NDArray[np.float32]:
+        """float32 [T, vocab]: the logits of every token that the plan computes."""
+        self._apply(plan)
+        tokens = self._fill(plan.scheduled)
+        h_TE = self.model.hidden(self._inputs(tokens))
+        step = len(self._rows_S)
+        parts = [
+            self.backend.to_host(self.model.logits(h_TE[i : i + step], None)).copy()
+            for i in range(0, tokens, step)
+        ]
+        return np.concatenate(parts)
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.finished:
+            self.slots.pop(slot, None)
+        for new in plan.new:
+            self.slots[new.slot] = SlotState(new, self.max_context)
+            self._extend_table(new.slot, new.block_table)
+        for item in plan.scheduled:
+            if item.new_blocks:
+                self._extend_table(item.slot, item.new_blocks)
+            if item.new_tokens:
+                self.slots[item.slot].append(item.new_tokens)
+
+    def _extend_table(self, slot: int, blocks: list[int]) -> None:
+        state = self.slots[slot]
+        self._tables_SB[slot, state.blocks : state.blocks + len(blocks)] = blocks
+        state.blocks += len(blocks)
+
+    def _fill(self, scheduled: list[Scheduled]) -> int:
+        """Write the step's ids, positions, cache slots and sequence numbers; returns T."""
+        t = 0
+        for item in scheduled:
+            start, n = item.num_computed, item.num_tokens
+            self._ids_T[t : t + n] = self.slots[item.slot].tokens[start : start + n]
+            self._positions_T[t : t + n] = range(start, start + n) if n < 8 else np.arange(start, start + n)
+            self._sequence_T[t : t + n] = item.slot
+            t += n
+        positions_T = self._positions_T[:t]
+        blocks_T = self._tables_SB[self._sequence_T[:t], positions_T // self.block_size]
+        self._slots_T[:t] = blocks_T * self.block_size + positions_T % self.block_size
+        return t
+
+    def _inputs(self, tokens: int) -> StepInputs:
+        return StepInputs(
+            self._ids_T[:tokens],
+            self._positions_T[:tokens],
+            self._slots_T[:tokens],
+            self._sequence_T[:tokens],
+            self._tables_SB,
+        )
+
+    def _forward(self, plan: StepPlan, tokens: int, rows: int) -> Array:
+        """Logits [S, vocab] of the rows to sample, in the order of plan.scheduled."""
+        if tokens == len(plan.scheduled) == rows:  # each item one token, each sampled: a pure decode step
+            return self._decode(tokens)
+        ends_S = np.cumsum([item.num_tokens for item in plan.scheduled])[[s.sample for s in plan.scheduled]]
+        self._rows_S[:rows] = ends_S - 1
+        h_TE = self.model.hidden(self._inputs(tokens))
+        return self.model.logits(h_TE, self._rows_S[:rows]) if rows else None
+
+    def _decode(self, tokens: int) -> Array:
+        if not self.capture:
+            return self.model.logits(self.model.hidden(self._inputs(tokens)), None)
+        if tokens not in self._graphs:
+            with self.backend.capture() as graph:
+                logits_SV = self.model.logits(self.model.hidden(self._inputs(tokens)), None)
+            self._graphs[tokens] = (graph, logits_SV)
+        graph, logits_SV = self._graphs[tokens]
+        graph.replay()
+        return logits_SV
+
+    def _sample(self, items: list[Scheduled], logits_SV: Array) -> list[Sampled]:
+        if not items:
+            return []
+        states = [self.slots[item.slot] for item in items]
+        S, tops = len(items), max(state.params.logprobs or 0 for state in states)
+        batch = build_batch([SamplingRow(s.params, s.tokens[: s.count], s.num_prompt) for s in states])
+        ids_S, logprobs_S = self._sampled_S[:S], self._logprobs_S[:S]
+        top_ids_SN = np.empty((S, tops), np.int32) if tops else None
+        top_SN = np.empty((S, tops), np.float32) if tops else None
+        self.backend.sample(logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_SN)
+        sampled = [
+            Sampled(item.slot, token, logprob)
+            for item, token, logprob in zip(items, ids_S.tolist(), logprobs_S.tolist(), strict=True)
+        ]
+        if top_ids_SN is not None and top_SN is not None:
+            for out, state, ids, values in zip(sampled, states, top_ids_SN, top_SN, strict=True):
+                k = state.params.logprobs or 0
+                out.top = list(zip(ids[:k].tolist(), values[:k].tolist(), strict=True))
+        return sampled

@@ -1,0 +1,58 @@
+"""What one replica accepts, and how busy it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm.worker.errors import ConfigError, InvalidRequest
+from flm.worker.request import Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one replica. ConfigError where one is too small to serve anything."""
+
+    max_sequences: int = 64  # running at once
+    max_step_tokens: int = 512  # computed in one step, over all sequences
+    max_queue: int = 256  # requests beyond those that can run at once
+    max_context: int = 4096  # tokens, prompt and output together
+
+    def __post_init__(self) -> None:
+        lowest = {"max_sequences": 1, "max_step_tokens": 1, "max_queue": 0, "max_context": 2}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"expected at least {low}, got {getattr(self, name)}", field=name)
+
+    def check(self, request: Request, vocab_size: int, context_limit: int) -> None:
+        """InvalidRequest unless the request's ids are in the vocabulary and its context leaves room for at
+        least one token. `context_limit`: max_context, or less where the KV cache is smaller than that."""
+        prompt, resumed = request.prompt_ids, request.resumed_ids
+        for field, ids in (("prompt", prompt), ("resumed_ids", resumed)):
+            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+                wrong = next(i for i in ids if not 0 <= i < vocab_size)
+                raise InvalidRequest(field, f"expected token ids from 0 to {vocab_size - 1}, got {wrong}")
+        length = len(prompt) + len(resumed)
+        if length < context_limit:
+            return
+        given = f"{len(prompt)} prompt tokens" + (f" and {len(resumed)} resumed ones" if resumed else "")
+        if length >= self.max_context:
+            limit = f"a context of {self.max_context} tokens"
+        else:
+            limit = f"a KV cache of {context_limit} tokens"
+        raise InvalidRequest("prompt", f"{given} leave no room for output in {limit}")
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a replica is; the fields of the protocol's ReplicaLoad."""
+
+    running: int = 0
+    waiting: int = 0
+    outstanding_tokens: int = 0  # still to compute, were every request to use all of its max_tokens
+    blocks_total: int = 0
+    blocks_free: int = 0
+    blocks_cached: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    tokens_generated: int = 0
+    preemptions: int = 0

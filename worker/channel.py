@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from pathlib import Path
 from typing import Protocol
 
 import zmq
+
 from flm.worker.errors import RankFailed
 from flm.worker.plan import StepPlan, decode_plan, encode_plan
 
@@ -127,10 +129,8 @@ class ZmqLeaderChannel:
 
     def stop(self) -> None:
         for socket in self._sockets.values():
-            try:
+            with contextlib.suppress(zmq.Again):  # that follower is gone already, which is what stop asks for
                 socket.send(STOP, zmq.NOBLOCK)
-            except zmq.Again:
-                pass  # that follower is gone already, which is what stop asks for
             socket.close()
         self._sockets = {}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
 from flm.kernels.backend import Backend
 from flm.kernels.group import Group
 from flm.worker.errors import RankFailed

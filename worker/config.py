@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def split_evenly(total: int, parts: int) -> tuple[Span, ...]:
     """Cut `total` units into `parts` spans that differ by at most one; the first ones take the remainder."""
     base, extra = divmod(total, parts)
     starts = [i * base + min(i, extra) for i in range(parts + 1)]
-    return tuple(Span(a, b) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(Span(a, b) for a, b in pairwise(starts))
 
 
 @dataclass(frozen=True)

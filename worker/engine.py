@@ -15,12 +15,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+
 from flm.worker.channel import NoFollowers, ThreadChannel
 from flm.worker.comm import LocalCommunicator, ThreadCommunicator
 from flm.worker.errors import DoesNotFit, InvalidRequest, RankFailed
@@ -29,7 +31,6 @@ from flm.worker.plan import NewSequence, Scheduled, StepPlan
 from flm.worker.rank import GroupSpec, Rank
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from flm.worker.tokenizer import Tokenizer, load_tokenizer
-from numpy.typing import NDArray
 
 Prompt = str | Sequence[int]
 T = TypeVar("T")
@@ -184,18 +185,20 @@ class Engine:
     def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> NDArray[np.float32]:
         """float32 [tokens, vocab]: the next-token logits after each token, computed `chunk` tokens at a time.
 
-        For tests and scoring; call it while nothing is being generated, for it uses the KV cache's blocks directly.
+        For tests and scoring; call it while nothing is being generated, for the ranks run one step at a time.
         """
         count, size, spec = len(token_ids), chunk or self.spec.max_step_tokens, self.spec
         if not 0 < count <= min(self.max_context, self.ranks[0].num_blocks * spec.block_size):
             raise InvalidRequest("token_ids", f"expected 1 to {self.max_context} tokens, got {count}")
-        blocks = list(range(-(-count // spec.block_size)))
-        slot = spec.max_sequences - 1
-        new = NewSequence(slot, [int(t) for t in token_ids], count, 0, blocks, SamplingParams())
-        parts = []
+        with self.replica.borrow_blocks(-(-count // spec.block_size)) as blocks:
+            return self._logits([int(t) for t in token_ids], size, blocks)
+
+    def _logits(self, token_ids: list[int], size: int, blocks: list[int]) -> NDArray[np.float32]:
+        slot, count, parts = self.spec.max_sequences - 1, len(token_ids), []
+        new = NewSequence(slot, token_ids, count, 0, blocks, SamplingParams())
         for start in range(0, count, size):
             item = Scheduled(slot, start, min(size, count - start))
-            plan = StepPlan(0, [replace(new)] if start == 0 else [], [item], [])
+            plan = StepPlan(0, [new] if start == 0 else [], [item], [])
             parts.append(self._each_rank(lambda rank, plan=plan: rank.runner.all_logits(plan))[0])  # type: ignore[misc]
         return np.concatenate(parts)
 
@@ -206,7 +209,7 @@ class Engine:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from flm.kernels.backend import Backend
 from flm.worker.blocks import BlockPool
 from flm.worker.channel import (
@@ -22,11 +23,12 @@ from flm.worker.channel import (
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.comm import Communicator, LocalCommunicator, SharedMemoryCommunicator
 from flm.worker.errors import DoesNotFit, FlmError, InvalidRequest
+from flm.worker.limits import Limits
 from flm.worker.model import KV_DTYPES, Decoder, kv_blocks_for
 from flm.worker.paths import resolve_model_path
 from flm.worker.replica import Replica, as_flm_error
 from flm.worker.runner import Runner
-from flm.worker.scheduler import Limits, Scheduler
+from flm.worker.scheduler import Scheduler
 from flm.worker.weights import load_weights, shard_spec
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout, KernelError
 from flm.worker.channel import LeaderChannel
 from flm.worker.config import ModelConfig
 from flm.worker.errors import FlmError, InternalError, RankFailed, Unavailable
+from flm.worker.limits import Load
 from flm.worker.request import Request, TokenEvent
 from flm.worker.runner import Runner
-from flm.worker.scheduler import Load, Scheduler
+from flm.worker.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,17 @@ class Replica:
         """Assert that every KV block is accounted for."""
         with self._lock:
             self._scheduler.pool.check()
+
+    @contextmanager
+    def borrow_blocks(self, count: int) -> Iterator[list[int]]:
+        """`count` KV blocks for a computation outside of any request, given back without contents."""
+        with self._lock:
+            blocks = self._scheduler.pool.allocate(count)
+        try:
+            yield blocks
+        finally:
+            with self._lock:
+                self._scheduler.pool.release(blocks)
 
     def step_age(self) -> float:
         """Seconds since the present step began, 0 while idle."""

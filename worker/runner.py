@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from flm.kernels.backend import Backend, Graph
 from flm.worker.model import Decoder, StepInputs
 from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
-from flm.worker.request import SamplingParams
 from flm.worker.sampling import SamplingRow, build_batch
-from numpy.typing import NDArray
 
 Array = Any
 
@@ -27,12 +27,16 @@ class SlotState:
     def __init__(self, new: NewSequence, max_context: int) -> None:
         self.tokens: NDArray[np.int32] = np.empty(max_context + 1, np.int32)
         self.count = 0
-        self.num_prompt = new.num_prompt
-        self.params: SamplingParams = new.params
         self.blocks = 0
-        self.append(new.token_ids)
+        self.row = SamplingRow(new.params, new.token_ids, new.num_prompt)
+        self._extend(new.token_ids)
 
     def append(self, tokens: list[int]) -> None:
+        """Tokens sampled since."""
+        self._extend(tokens)
+        self.row.append(tokens)
+
+    def _extend(self, tokens: list[int]) -> None:
         self.tokens[self.count : self.count + len(tokens)] = tokens
         self.count += len(tokens)
 
@@ -149,9 +153,9 @@ class Runner:
     def _sample(self, items: list[Scheduled], logits_SV: Array) -> list[Sampled]:
         if not items:
             return []
-        states = [self.slots[item.slot] for item in items]
-        S, tops = len(items), max(state.params.logprobs or 0 for state in states)
-        batch = build_batch([SamplingRow(s.params, s.tokens[: s.count], s.num_prompt) for s in states])
+        rows = [self.slots[item.slot].row for item in items]
+        S, tops = len(items), max(row.params.logprobs or 0 for row in rows)
+        batch = build_batch(rows)
         ids_S, logprobs_S = self._sampled_S[:S], self._logprobs_S[:S]
         top_ids_SN = np.empty((S, tops), np.int32) if tops else None
         top_SN = np.empty((S, tops), np.float32) if tops else None
@@ -161,7 +165,7 @@ class Runner:
             for item, token, logprob in zip(items, ids_S.tolist(), logprobs_S.tolist(), strict=True)
         ]
         if top_ids_SN is not None and top_SN is not None:
-            for out, state, ids, values in zip(sampled, states, top_ids_SN, top_SN, strict=True):
-                k = state.params.logprobs or 0
+            for out, row, ids, values in zip(sampled, rows, top_ids_SN, top_SN, strict=True):
+                k = row.params.logprobs or 0
                 out.top = list(zip(ids[:k].tolist(), values[:k].tolist(), strict=True))
         return sampled

@@ -1,0 +1,60 @@
+# Targets: demo, test, lint, bench, stubs, clean. Needs Python >= 3.11 and make; no GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+STUBS := proto/flm_pb2.py proto/flm_pb2.pyi proto/flm_pb2_grpc.py
+DEMO := deploy/demo.yaml
+
+.PHONY: demo test lint types unit wheel bench stubs clean
+.DELETE_ON_ERROR:
+
+# --- environments: a stamp file each, so that a second run installs nothing --------------------------------
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[demo,dev]'
+	touch $@ $(VENV)/.demo
+
+.bench-venv/.ready: | $(BIN)/python
+	$(PYTHON) -m venv .bench-venv
+	.bench-venv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary=:all: xllamacpp numpy
+	touch $@
+
+# --- what people type ------------------------------------------------------------------------------------
+demo: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.demo $(DEMO)
+
+test: lint types unit wheel
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+# The wheel's packages are imported from the wheel; only its dependencies come from the environment above.
+wheel: $(VENV)/.dev
+	rm -rf build dist/wheel-check
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python .ci/check_wheel.py dist dist/wheel-check
+
+bench: $(VENV)/.demo .bench-venv/.ready
+	$(BIN)/python benchmarks/compare.py --peer-python .bench-venv/bin/python
+
+stubs: $(VENV)/.dev
+	$(BIN)/python -m grpc_tools.protoc -I .typing --python_out=.typing --pyi_out=.typing \
+	  --grpc_python_out=.typing flm/proto/flm.proto
+
+clean:
+	rm -rf $(VENV) .bench-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,7 +7,9 @@ that msgpack carries it; there is no pickle on this path.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any
 
 import msgpack
 
@@ -68,20 +70,30 @@ class StepResult:
     sampled: list[Sampled] = field(default_factory=list)
 
 
+# On the wire an object is the array of its fields in the order of the class: a plan is written once per token.
+_scheduled_fields = attrgetter(*(f.name for f in fields(Scheduled)))
+_new_fields = attrgetter(*(f.name for f in fields(NewSequence)))
+_params_names = tuple(f.name for f in fields(SamplingParams))
+_params_fields = attrgetter(*_params_names)
+
+
 def encode_plan(plan: StepPlan) -> bytes:
-    return bytes(msgpack.packb(asdict(plan), use_bin_type=True))
+    new = [_new_fields(n) for n in plan.new]
+    scheduled = [_scheduled_fields(s) for s in plan.scheduled]
+    return bytes(msgpack.packb((plan.step, new, scheduled, plan.finished), default=_params_fields))
 
 
 def decode_plan(data: bytes) -> StepPlan:
-    raw = msgpack.unpackb(data, strict_map_key=False)
+    step, new, scheduled, finished = msgpack.unpackb(data)
     return StepPlan(
-        step=raw["step"],
-        new=[NewSequence(**{**n, "params": _params(n["params"])}) for n in raw["new"]],
-        scheduled=[Scheduled(**s) for s in raw["scheduled"]],
-        finished=raw["finished"],
+        step,
+        [NewSequence(*[*values, _params(params)]) for *values, params in new],
+        [Scheduled(*values) for values in scheduled],
+        finished,
     )
 
 
-def _params(raw: dict[str, object]) -> SamplingParams:
-    raw["stop_token_ids"] = tuple(raw["stop_token_ids"])  # type: ignore[arg-type]
-    return SamplingParams(**raw)  # type: ignore[arg-type]
+def _params(values: list[Any]) -> SamplingParams:
+    raw = dict(zip(_params_names, values, strict=True))
+    raw["stop_token_ids"] = tuple(raw["stop_token_ids"])
+    return SamplingParams(**raw)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
 from flm.kernels.backend import SamplingBatch
 from flm.worker.request import SamplingParams
-from numpy.typing import NDArray
 
 Ids = Sequence[int] | NDArray[np.int32]
 

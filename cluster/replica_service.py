@@ -124,7 +124,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         fields = (field.name for field in flm_pb2.ReplicaLoad.DESCRIPTOR.fields)
         return flm_pb2.HeartbeatResponse(
             replica_id=self._replica_id,
-            state=flm_pb2.ReplicaState.Value(f"REPLICA_STATE_{replica.state.upper()}"),
+            state=f"REPLICA_STATE_{replica.state.upper()}",
             step=replica.step,
             step_age=replica.step_age(),
             load=flm_pb2.ReplicaLoad(**{name: getattr(load, name) for name in fields}),

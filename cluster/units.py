@@ -1,0 +1,34 @@
+"""Sizes as people write them: "1GiB", "512 MB", 1073741824."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
+_UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
+
+
+def parse_bytes(value: object) -> int:
+    """Bytes from a whole number or from text with a unit, binary (GiB) or decimal (GB). ValueError otherwise."""
+    if type(value) is int and value >= 0:
+        return value
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    if found is None or found[2].lower() not in _UNITS:
+        raise ValueError(f"expected a size such as 1GiB, 512MB or a number of bytes, got {value!r}")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def format_bytes(count: float) -> str:
+    """Three digits and a binary unit: "98.7 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB" if abs(count) < 1000 else f"{count:,.0f} TiB"
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]

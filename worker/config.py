@@ -9,8 +9,8 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "llama3"; the other fields only matter for
-    the kinds that read them. Rotate-half pairing always (interleaved checkpoints are permuted at load)."""
+    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "llama3" | "factors"; the other fields only
+    matter for the kinds that read them. Rotate-half pairing always (interleaved checkpoints are permuted at load)."""
 
     theta: float = 10000.0
     rotary_dim: int = 0  # values of each head that rotate, even
@@ -19,6 +19,7 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 0
+    factors: tuple[float, ...] = ()  # "factors": what each of the rotary_dim / 2 frequencies is divided by
 
 
 @dataclass(frozen=True)

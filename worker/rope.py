@@ -13,8 +13,8 @@ def inverse_frequencies(rope: RopeConfig) -> NDArray[np.float64]:
     """float64 [rotary_dim / 2], scaled as the checkpoint asks.
 
     "linear" divides every frequency by `factor` (arXiv:2306.15595); "llama3" divides only the long wavelengths
-    and blends in between, as the Llama 3.1 release does. "dynamic" is plain RoPE up to the trained length,
-    which is all that is served.
+    and blends in between, as the Llama 3.1 release does; "factors" divides each by its own. "dynamic" is plain
+    RoPE up to the trained length, which is all that is served.
     """
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float64) / rope.rotary_dim
     inv_freq = rope.theta**-exponents
@@ -22,6 +22,8 @@ def inverse_frequencies(rope: RopeConfig) -> NDArray[np.float64]:
         return inv_freq / rope.factor
     if rope.scaling == "llama3":
         return _llama3(inv_freq, rope)
+    if rope.scaling == "factors":
+        return inv_freq / np.asarray(rope.factors)
     assert rope.scaling in ("none", "dynamic"), rope.scaling
     return inv_freq
 

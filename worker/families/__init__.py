@@ -1,0 +1,1 @@
+"""Model families: from a checkpoint's own description to `ModelConfig` and canonical tensor names."""

@@ -1,0 +1,149 @@
+"""Tensors under canonical names, out of safetensors or GGUF."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.kernels.errors import KernelError
+from flm.kernels.gguf_blocks import BLOCK_TYPES
+from flm.kernels.quant import QuantizedMatrix, from_float, from_gguf_blocks, to_float32
+from flm.worker.config import Span
+from flm.worker.errors import CheckpointError
+from flm.worker.families.llama_gguf import gguf_name, is_interleaved
+from flm.worker.gguf_file import GGUFFile
+from flm.worker.safetensors_file import SafetensorsFile
+
+_FORMATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DECODE_WEIGHTS = 1 << 23  # weights decoded at once: bounds the temporaries of a large matrix
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a tensor is stored: its label for people, and QuantizedMatrix' format and group (0 for floats)."""
+
+    label: str
+    format: str
+    group: int
+    nbytes: int
+
+
+class SafetensorsSource:
+    """Float tensors of a Hugging Face directory."""
+
+    def __init__(self, directory: Path, tensors: dict[str, SafetensorsFile]) -> None:
+        self._directory, self._tensors = directory, tensors
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].tensors[name].shape
+
+    def storage(self, name: str) -> Storage:
+        entry = self._tensors[name].tensors[name]
+        if entry.dtype not in _FORMATS:
+            raise CheckpointError(
+                str(self._tensors[name].path),
+                f"tensor {name!r} has dtype {entry.dtype}; weights in {', '.join(_FORMATS)} expected",
+            )
+        return Storage(_FORMATS[entry.dtype], _FORMATS[entry.dtype], 0, entry.nbytes)
+
+    def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
+        values = self._tensors[name].read(name, rows, cols)
+        return from_float(values, self.storage(name).format)
+
+    def vector(self, name: str, span: Span) -> NDArray[np.float32]:
+        return np.array(to_float32(self._tensors[name].read(name, span), self.storage(name).format))
+
+    def drop_pages(self) -> None:
+        for file in set(self._tensors.values()):
+            file.drop_pages()
+
+
+class GGUFSource:
+    """Tensors of a llama GGUF, q and k put into rotate-half order."""
+
+    def __init__(self, file: GGUFFile, head_dim: int) -> None:
+        self._file, self._head_dim = file, head_dim
+
+    def has(self, name: str) -> bool:
+        return gguf_name(name) in self._file.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[gguf_name(name)].shape
+
+    def storage(self, name: str) -> Storage:
+        tensor = self._file.tensors[gguf_name(name)]
+        if tensor.type in _FORMATS:
+            return Storage(_FORMATS[tensor.type], _FORMATS[tensor.type], 0, tensor.nbytes)
+        kind = BLOCK_TYPES[tensor.type]
+        return Storage(tensor.type, "int4" if kind.bits == 4 else "int8", kind.group, tensor.nbytes)
+
+    def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
+        raw_name = gguf_name(name)
+        tensor = self._file.tensors[raw_name]
+        # whole blocks around the columns: a block of the k-quants holds several groups
+        around = Span(cols.start // tensor.block * tensor.block, -(-cols.stop // tensor.block) * tensor.block)
+        raw = self._file.read(raw_name, rows, around)
+        try:
+            matrix = _decode(raw, tensor.type, (rows.size, around.size))
+        except KernelError as error:
+            raise CheckpointError(str(self._file.path), f"tensor {raw_name!r}: {error}") from error
+        if around != cols:
+            matrix = matrix.slice_cols(cols.start - around.start, cols.stop - around.start)
+        return matrix.permute_rows(self._halves(rows.size)) if is_interleaved(name) else matrix
+
+    def vector(self, name: str, span: Span) -> NDArray[np.float32]:
+        raw_name = gguf_name(name)
+        tensor = self._file.tensors[raw_name]
+        whole = from_gguf_blocks(self._file.read(raw_name), tensor.type, (1, tensor.shape[0])).dequantize()[0]
+        values = whole[span.start : span.stop].copy()
+        return values[self._halves(span.size)] if is_interleaved(name) else values
+
+    def drop_pages(self) -> None:
+        self._file.drop_pages()
+
+    def _halves(self, rows: int) -> NDArray[np.int64]:
+        """Which row of whole interleaved heads stands in each row of the rotate-half order."""
+        pairs = np.arange(rows).reshape(-1, self._head_dim // 2, 2)
+        return pairs.transpose(0, 2, 1).reshape(-1)
+
+
+def _decode(raw: NDArray[np.uint8], type: str, shape: tuple[int, int]) -> QuantizedMatrix:
+    """from_gguf_blocks a few rows at a time, written into the arrays of the whole."""
+    rows, cols = shape
+    step = max(_DECODE_WEIGHTS // max(cols, 1), 1)
+    if type in _FORMATS or rows <= step:
+        return from_gguf_blocks(raw, type, shape)
+    pieces = (
+        from_gguf_blocks(raw[at : at + step], type, (min(step, rows - at), cols))
+        for at in range(0, rows, step)
+    )
+    return stack_rows(pieces, rows)
+
+
+def stack_rows(pieces: Any, rows: int) -> QuantizedMatrix:
+    """Pieces of one matrix of `rows` rows, stacked without holding all of them beside the whole."""
+    out: list[NDArray[Any] | None] = []
+    at = 0
+    for piece in pieces:
+        parts = [piece.codes, piece.scales, piece.offsets]
+        if not out:
+            out = [None if p is None else np.empty((rows, *p.shape[1:]), p.dtype) for p in parts]
+        for i, part in enumerate(parts):
+            whole = out[i]
+            if part is None or whole is None:
+                continue
+            if np.promote_types(part.dtype, whole.dtype) != whole.dtype:  # a piece whose scales left float16
+                whole = out[i] = whole.astype(part.dtype)
+            whole[at : at + len(part)] = part
+        at += len(piece.codes)
+        last = piece
+    codes, scales, offsets = out
+    assert codes is not None
+    return QuantizedMatrix(last.format, (rows, last.shape[1]), codes, last.group, scales, offsets)

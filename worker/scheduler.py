@@ -73,6 +73,14 @@ class Scheduler:
             preemptions=self._preemptions,
         )
 
+    def check(self) -> None:
+        """AssertionError unless every block and every slot is accounted for."""
+        self.pool.check([s.table for s in self._live.values()])
+        assert len(self._running) + len(self._waiting) == len(self._live), "a request is lost"
+        assert {s.slot: s for s in self._running} == self._by_slot, "slots and running sequences disagree"
+        slots = sorted([*self._by_slot, *self._free_slots])
+        assert slots == list(range(self.limits.max_sequences)), f"slots leaked or doubled: {slots}"
+
     # ------------------------------------------------------------------------------------ requests
 
     def add(self, request: Request, now: float) -> None:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,9 @@ from flm.worker.paths import resolve_model_path
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
 from flm.worker.rank import GroupSpec, Rank
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
-from flm.worker.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from flm.worker.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 T = TypeVar("T")
@@ -116,6 +118,8 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own tokenizer, loaded when first needed."""
         if self._tokenizer is None:
+            from flm.worker.tokenizer import load_tokenizer  # generation by token ids needs no `tokenizers`
+
             self._tokenizer = load_tokenizer(resolve_model_path(self.spec.path))
         return self._tokenizer
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from flm.kernels.backend import Backend, KVCache, PackedMatrix
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.comm import Communicator
@@ -88,7 +89,8 @@ class Decoder:
         self.shard, self.backend, self.comm, self.caches = shard, backend, comm, caches
         pack = pack or backend.pack
         self.embedding = pack(weights.embedding)
-        self.lm_head = self.embedding if weights.lm_head is None else pack(weights.lm_head)
+        head = weights.lm_head
+        self.lm_head = self.embedding if head is None else pack(head)
         self.final_norm = backend.asarray(weights.final_norm)
         self.layers = [self._layer(layer, pack) for layer in weights.layers]
         cos_PR, sin_PR = rope_tables(shard.model.rope, positions)

@@ -1,0 +1,124 @@
+"""YAML with the line of every value: parsing, duplicate keys, and turning pydantic's errors into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from flm.worker.errors import ConfigError
+
+Path = tuple[str | int, ...]
+
+
+class ConfigErrors(ConfigError):
+    """Everything that is wrong with a file, reported together; `errors` holds them one by one."""
+
+    def __init__(self, errors: list[ConfigError]) -> None:
+        assert errors
+        super().__init__("\n".join(str(error) for error in errors))
+        self.errors = errors
+        self.file, self.line, self.field = errors[0].file, errors[0].line, errors[0].field
+
+
+@dataclass
+class YamlSource:
+    """A parsed file. `lines` maps the path of a key or list entry, such as ("models", 0, "name"), to its line."""
+
+    file: str
+    data: Any = None
+    lines: dict[Path, int] = field(default_factory=dict)
+    errors: list[ConfigError] = field(default_factory=list)  # duplicate keys
+
+    def error(self, path: Path, message: str) -> ConfigError:
+        """A ConfigError at `path`, or at the nearest enclosing value that the file has."""
+        known = next(path[:n] for n in range(len(path), -1, -1) if path[:n] in self.lines or n == 0)
+        return ConfigError(message, file=self.file, line=self.lines.get(known, 1), field=dotted(path))
+
+
+def dotted(path: Path) -> str:
+    """("models", 0, "name") as "models[0].name"."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def parse_yaml(text: str, file: str) -> YamlSource:
+    """Parse one document. ConfigError where it is not YAML."""
+    source = YamlSource(file)
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None:
+                source.lines[()] = node.start_mark.line + 1
+                for path, line, repeated in _walk(node, ()):
+                    if repeated:
+                        source.errors.append(
+                            ConfigError(
+                                f"is given twice, first on line {source.lines[path]}; expected once",
+                                file=file,
+                                line=line,
+                                field=dotted(path),
+                            )
+                        )
+                    else:
+                        source.lines[path] = line
+                source.data = loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        line = mark.line + 1 if mark is not None else 0
+        raise ConfigError(f"expected YAML: {problem}", file=file, line=line) from None
+    return source
+
+
+def _walk(node: yaml.Node, path: Path) -> Iterator[tuple[Path, int, bool]]:
+    """(path, line, seen before) of everything below `node`, parents first."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[Hashable] = set()
+        for key, value in node.value:
+            name = str(key.value)
+            yield (*path, name), key.start_mark.line + 1, name in seen
+            if name not in seen:
+                yield from _walk(value, (*path, name))
+            seen.add(name)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*path, index), value.start_mark.line + 1, False
+            yield from _walk(value, (*path, index))
+
+
+def from_validation(
+    source: YamlSource, error: ValidationError, keys: Mapping[Path, list[str]]
+) -> list[ConfigError]:
+    """pydantic's errors as ours. `keys` holds the known keys of each section by its path without indices."""
+    return [_one(source, dict(detail), keys) for detail in error.errors(include_url=False)]
+
+
+def _one(source: YamlSource, detail: dict[str, Any], keys: Mapping[Path, list[str]]) -> ConfigError:
+    # Branches of a union add their own names to the location; the file does not know those.
+    path: Path = tuple(detail["loc"])
+    missing = detail["type"] == "missing"
+    cut = len(path) - 1 if missing else len(path)
+    while cut and path[:cut] not in source.lines:
+        cut -= 1
+    path = path[: cut + 1] if missing else path[:cut]
+    if missing:
+        return source.error(path, "is missing; expected a value")
+    if detail["type"] == "extra_forbidden":
+        section = tuple(part for part in path[:-1] if isinstance(part, str))
+        known = ", ".join(keys.get(section, []))
+        return source.error(path, f"unknown key; expected {'one of ' + known if known else 'none here'}")
+    message = str(detail["msg"])
+    if detail["type"] in ("value_error", "assertion_error"):
+        return source.error(path, message.split(", ", 1)[1])
+    if message.startswith("Input should be "):
+        message = "expected " + message.removeprefix("Input should be ")
+    return source.error(path, f"{message}, got {detail['input']!r:.60}")

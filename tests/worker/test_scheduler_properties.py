@@ -9,7 +9,7 @@ import pytest
 from fake_ranks import VOCAB, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from flm.worker.errors import Overloaded
 from flm.worker.request import FinishReason
@@ -52,9 +52,9 @@ def test_a_request_split_anywhere_yields_the_same_remainder(
 class AnyOrder(RuleBasedStateMachine):
     """Requests come, go and crowd a small pool; whatever happens, streams are the undisturbed ones."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.world = World(num_blocks=9, max_sequences=4, max_step_tokens=7, max_queue=4, max_context=30)
+    @initialize(num_blocks=st.sampled_from([6, 9]), max_step_tokens=st.sampled_from([2, 3, 7]))
+    def start(self, num_blocks: int, max_step_tokens: int) -> None:
+        self.world = World(num_blocks, max_step_tokens=max_step_tokens, max_queue=4, max_context=30)
 
     @rule(prompt=prompts, options=options)
     def add(self, prompt: list[int], options: dict[str, Any]) -> None:

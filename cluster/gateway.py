@@ -5,32 +5,38 @@ A Gateway lives in one asyncio event loop. The controller pushes routes into it;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from flm.cluster.inference import Inference
+from flm.cluster.listen import Tls, bind, create_server
 from flm.cluster.router import ReplicaRoute
+from flm.cluster.served_model import LoadedModel, ServedModel
+from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.worker.errors import ConfigError, ModelNotFound
+from flm.worker.paths import resolve_model_path
+from flm.worker.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Gateway", "ReplicaRoute", "ServedModel", "Tls"]
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class ServedModel:
-    """What the gateway has to know of a model, whether a replica of it is up or not."""
-
-    name: str
-    path: str  # a directory, a .gguf file or package:<distribution>: where its tokenizer is
-    max_context: int  # tokens, prompt and output together
-    architecture: str = ""
-    quantization: str = "auto"
-    tensor_parallel: int = 1
+SERVICES = (
+    flm_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
+    health.SERVICE_NAME,
+    reflection.SERVICE_NAME,
+)
 
 
-@dataclass(frozen=True)
-class Tls:
-    """Paths of PEM files."""
-
-    cert_file: str
-    key_file: str
+def read_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a checkpoint. CheckpointError where there is none."""
+    return load_tokenizer(resolve_model_path(path))
 
 
 class Gateway:
@@ -44,17 +50,69 @@ class Gateway:
         api_keys: Sequence[str] = (),
         tls: Tls | None = None,
         replica_wait: float = 30.0,
+        load: Callable[[str], Tokenizer] = read_tokenizer,
     ) -> None:
         """`listen` is host:port (port 0 takes a free one). `replica_wait`: seconds that a request without a
-        deadline waits for a ready replica."""
+        deadline waits for a ready replica. `load` reads a tokenizer from a model's path."""
+        names = [model.name for model in models]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"expected different names, got {', '.join(names)}", field="models.name")
+        self._specs = tuple(models)
+        self._listen, self._tls, self._api_keys = listen, tls, tuple(api_keys)
+        self._load = load
+        self._models: dict[str, LoadedModel] = {}
+        self._inference = Inference(self._models, replica_wait)
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._publishing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
         """Load tokenizers, bind and serve; the bound host:port. ConfigError where the address cannot be
         bound, CheckpointError where a tokenizer cannot be read: nothing is left running then."""
-        raise NotImplementedError
+        for spec in self._specs:
+            tokenizer = await asyncio.to_thread(self._load, spec.path)
+            self._models[spec.name] = LoadedModel(spec, tokenizer, partial(self._publish, spec.name))
+            await self._health.set(spec.name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        server = create_server(self._api_keys)
+        address = bind(server, self._listen, self._tls)
+        flm_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(SERVICES, server)
+        await server.start()
+        self._server = server
+        log.info("gateway listens on %s", address)
+        return address
 
     async def stop(self, grace: float = 5.0) -> None:
         """Refuse new calls, give running ones `grace` seconds, then end them."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace)
+        for model in self._models.values():
+            await model.replicas.close()
+        await asyncio.gather(*self._publishing)
 
     def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int | None = None) -> None:
-        """The controller's view of one model: all of its replicas, and how many there should be."""
+        """The controller's view of one model: all of its replicas, and how many there should be (by default as
+        many as there are). ModelNotFound where this gateway does not serve it."""
+        loaded = self._models.get(model)
+        if loaded is None:
+            raise ModelNotFound(model, list(self._models))
+        loaded.wanted = len(routes) if wanted is None else wanted
+        loaded.replicas.update(routes)
+
+    @property
+    def num_running(self) -> int:
+        """Calls of Generate and Chat under way."""
+        return self._inference.running
+
+    def _publish(self, name: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._publish_health(name))
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
+
+    async def _publish_health(self, name: str) -> None:
+        """A model is ready iff one of its replicas is."""
+        serving = health_pb2.HealthCheckResponse.SERVING
+        ready = self._models[name].ready > 0
+        await self._health.set(name, serving if ready else health_pb2.HealthCheckResponse.NOT_SERVING)

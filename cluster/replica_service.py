@@ -100,7 +100,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         if request_id in self.streams:
             raise InvalidRequest("request_id", f"{request_id!r} is already running")
         stream = self.streams[request_id] = _Stream()
-        finished = False
+        first, finished = True, False
         try:
             self._replica.submit(parsed)
             while not finished:
@@ -109,7 +109,8 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
                     await stream.waiter
                 events, stream.events = stream.events, []
                 finished = events[-1].finish_reason is not None
-                await context.write(to_frame(events))
+                await context.write(to_frame(events, first))
+                first = False
         finally:
             del self.streams[request_id]
             if not finished:
@@ -188,8 +189,9 @@ def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:
     )
 
 
-def to_frame(events: list[TokenEvent]) -> flm_pb2.ReplicaFrame:
-    """One frame for all of `events`, which are of one request and in order."""
+def to_frame(events: list[TokenEvent], first: bool = False) -> flm_pb2.ReplicaFrame:
+    """One frame for all of `events`, which are of one request and in order. The first frame and the last one
+    of a stream carry its usage."""
     last = events[-1]
     if len(events) == 1:
         frame = flm_pb2.ReplicaFrame(token_ids=last.token_ids)
@@ -204,14 +206,15 @@ def to_frame(events: list[TokenEvent]) -> flm_pb2.ReplicaFrame:
                     top=[flm_pb2.TopLogprob(token_id=t, logprob=p) for t, p in entry.top],
                 )
             )
+    if first or last.finish_reason is not None:
+        frame.usage.prompt_tokens = last.prompt_tokens
+        frame.usage.cached_tokens = last.cached_tokens
+        frame.usage.completion_tokens = last.completion_tokens
     if last.finish_reason is not None:
         frame.finish_reason = FINISH[last.finish_reason]
         frame.error = last.error
         if last.stop_token_id is not None:
             frame.stop_token_id = last.stop_token_id
-        frame.usage.prompt_tokens = last.prompt_tokens
-        frame.usage.cached_tokens = last.cached_tokens
-        frame.usage.completion_tokens = last.completion_tokens
         frame.timings.queue = last.timings.queue
         frame.timings.prefill = last.timings.prefill
         frame.timings.decode = last.timings.decode

@@ -1,0 +1,159 @@
+"""flm.v1.Inference: what clients call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TypeVar
+
+import grpc.aio
+
+from flm.cluster.admission import Options, admit, check_ids, check_messages
+from flm.cluster.completion import Completion, Write
+from flm.cluster.grpc_errors import typed_errors
+from flm.cluster.resume import TokenStream
+from flm.cluster.served_model import LoadedModel
+from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.worker.errors import InvalidRequest, ModelNotFound
+
+LONG_TEXT = 4096  # characters; longer ones are tokenised on another thread, not to hold up running streams
+T = TypeVar("T")
+
+
+class Inference(flm_pb2_grpc.InferenceServicer):
+    """The servicer over `models` (name → model). `replica_wait`: seconds that a request without a deadline waits
+    for a ready replica."""
+
+    def __init__(self, models: Mapping[str, LoadedModel], replica_wait: float) -> None:
+        self._models = models
+        self._replica_wait = replica_wait
+        self.running = 0  # calls of Generate and Chat
+
+    @typed_errors
+    async def Generate(self, request: flm_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        model = self._model(request.model)
+        kind = request.WhichOneof("input")
+        if kind is None:
+            raise InvalidRequest("prompt", "expected a prompt or prompt_ids, got neither")
+        if kind == "prompt":
+            prompt = request.prompt
+            prompt_ids = await _encode(model, prompt, True)
+        else:
+            prompt_ids = list(request.prompt_ids.ids)
+            check_ids(prompt_ids, model.tokenizer.vocab_size, "prompt_ids.ids")
+            prompt = model.tokenizer.decode(prompt_ids) if request.sampling.echo else ""
+        await self._complete(model, prompt, prompt_ids, request.sampling, context)
+
+    @typed_errors
+    async def Chat(self, request: flm_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
+        model = self._model(request.model)
+        messages = check_messages(request.messages)
+        prompt = model.template.render(messages)
+        prompt_ids = await _encode(
+            model, prompt, False
+        )  # the template has put special tokens where they belong
+        await self._complete(model, prompt, prompt_ids, request.sampling, context)
+
+    async def _complete(
+        self,
+        model: LoadedModel,
+        prompt: str,
+        prompt_ids: list[int],
+        sampling: flm_pb2.SamplingOptions,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        options = admit(sampling, len(prompt_ids), model.spec.max_context)
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+        echo = prompt if options.echo else ""
+        self.running += 1
+        try:
+            completions = [
+                self._completion(model, tuple(prompt_ids), options, index, deadline)
+                for index in range(options.n)
+            ]
+            if len(completions) == 1:
+                await completions[0].run(context.write, echo)
+            else:
+                await _run_all(completions, _one_at_a_time(context), echo)
+        finally:
+            self.running -= 1
+
+    def _completion(
+        self,
+        model: LoadedModel,
+        prompt_ids: tuple[int, ...],
+        options: Options,
+        index: int,
+        deadline: float | None,
+    ) -> Completion:
+        stream = TokenStream(
+            model.replicas, prompt_ids, options, index, model.spec.max_context, deadline, self._replica_wait
+        )
+        return Completion(model, stream, options, index, prompt_ids)
+
+    @typed_errors
+    async def Tokenize(
+        self, request: flm_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> flm_pb2.TokenizeResponse:
+        model = self._model(request.model)
+        return flm_pb2.TokenizeResponse(ids=await _encode(model, request.text, request.add_special_tokens))
+
+    @typed_errors
+    async def Detokenize(
+        self, request: flm_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> flm_pb2.DetokenizeResponse:
+        tokenizer = self._model(request.model).tokenizer
+        check_ids(request.ids, tokenizer.vocab_size, "ids")
+        return flm_pb2.DetokenizeResponse(
+            text=tokenizer.decode(list(request.ids), request.skip_special_tokens)
+        )
+
+    @typed_errors
+    async def ListModels(
+        self, request: flm_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> flm_pb2.ListModelsResponse:
+        return flm_pb2.ListModelsResponse(models=[model.info() for model in self._models.values()])
+
+    @typed_errors
+    async def GetModelInfo(
+        self, request: flm_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> flm_pb2.ModelInfo:
+        return self._model(request.model).info()
+
+    def _model(self, name: str) -> LoadedModel:
+        """The named model, or the only one where no name is given."""
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFound(name, list(self._models))
+        return model
+
+
+async def _encode(model: LoadedModel, text: str, add_special: bool) -> list[int]:
+    if len(text) > LONG_TEXT:
+        return await asyncio.to_thread(model.tokenizer.encode, text, add_special)
+    return model.tokenizer.encode(text, add_special)
+
+
+async def _run_all(completions: list[Completion], write: Write, echo: str) -> None:
+    """Run all; the first one to fail ends the others, and its error is raised."""
+    tasks = [asyncio.create_task(completion.run(write, echo)) for completion in completions]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _one_at_a_time(context: grpc.aio.ServicerContext) -> Write:
+    """gRPC takes one message at a time of a call."""
+    lock = asyncio.Lock()
+
+    async def write(frame: flm_pb2.GenerateFrame) -> None:
+        async with lock:
+            await context.write(frame)
+
+    return write

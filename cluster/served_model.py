@@ -1,0 +1,59 @@
+"""A model as the gateway knows it: its description, its text side and its replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from flm.cluster.replicas import Replicas
+from flm.cluster.templates import ChatTemplate
+from flm.proto import flm_pb2
+from flm.worker.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the gateway has to be told of a model, whether a replica of it is up or not."""
+
+    name: str
+    path: str  # a directory, a .gguf file or package:<distribution>: where its tokenizer is
+    max_context: int  # tokens, prompt and output together
+    architecture: str = ""
+    quantization: str = "auto"
+    tensor_parallel: int = 1
+
+
+class LoadedModel:
+    """A served model with its tokenizer and template read."""
+
+    def __init__(self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None]) -> None:
+        self.spec, self.tokenizer = spec, tokenizer
+        self.template = ChatTemplate(
+            tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
+        )
+        self.replicas = Replicas(spec.name, on_change)
+        self.wanted = 0
+        self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(self._token_text)
+
+    def _token_text(self, token_id: int) -> str:
+        return self.tokenizer.decode([token_id], False)
+
+    @property
+    def ready(self) -> int:
+        return self.replicas.router.num_ready
+
+    def info(self) -> flm_pb2.ModelInfo:
+        eos = self.tokenizer.eos_token_id
+        return flm_pb2.ModelInfo(
+            name=self.spec.name,
+            architecture=self.spec.architecture,
+            max_context=self.spec.max_context,
+            vocab_size=self.tokenizer.vocab_size,
+            quantization=self.spec.quantization,
+            tensor_parallel=self.spec.tensor_parallel,
+            ready_replicas=self.ready,
+            wanted_replicas=self.wanted,
+            eos_token_ids=[] if eos is None else [eos],
+            has_chat_template=self.tokenizer.chat_template is not None,
+        )

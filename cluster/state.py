@@ -1,0 +1,124 @@
+"""What outlives processes: the desired state of a cluster, and where a running one is to be found.
+
+Files lie in $XDG_STATE_HOME/flm-cluster/<name>/ (default ~/.local/state) and are replaced whole: a reader sees the old
+or the new content, whenever the writer or the machine stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from flm.worker.errors import InvalidRequest, NotFound
+
+DESIRED, ENDPOINT = "desired.json", "endpoint.json"
+
+
+@dataclass(frozen=True)
+class Desired:
+    """What should run: the text of cluster.yaml, and the replicas wanted of each model now."""
+
+    text: str
+    file: str  # where the text came from; relative paths start there
+    replicas: Mapping[str, int]
+    rank_memory: Mapping[str, int] = field(default_factory=dict)  # planned bytes of one rank, by model
+
+    def scaled(self, model: str, replicas: int) -> Desired:
+        return replace(self, replicas={**self.replicas, model: replicas})
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """How to reach a running cluster, and what `down` has to end. Readable by its owner only: it holds keys."""
+
+    name: str
+    gateway: str  # host:port
+    admin: str
+    gateway_key: str = ""
+    admin_key: str = ""
+    ca_file: str = ""  # PEM of the gateway's certificate where it speaks TLS
+    ray_address: str = ""
+    head_session: int = 0  # process session of our own Ray head; 0 where the cluster joined another
+    head_dir: str = ""
+    started: float = 0.0  # seconds since the epoch
+
+
+def state_root() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "flm-cluster"
+
+
+def state_dir(name: str) -> Path:
+    return state_root() / name
+
+
+def write_atomic(path: Path, data: Mapping[str, Any]) -> None:
+    """Replace a JSON file as a whole, durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def save_desired(folder: Path, desired: Desired) -> None:
+    write_atomic(folder / DESIRED, asdict(desired))
+
+
+def load_desired(folder: Path) -> Desired | None:
+    """The saved state, or None where nothing was saved yet."""
+    try:
+        return Desired(**json.loads((folder / DESIRED).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def save_endpoint(endpoint: Endpoint) -> None:
+    write_atomic(state_dir(endpoint.name) / ENDPOINT, asdict(endpoint))
+
+
+def forget(name: str) -> None:
+    """Remove all that is kept of a cluster."""
+    shutil.rmtree(state_dir(name), ignore_errors=True)
+
+
+def running_clusters() -> list[str]:
+    """Names of the clusters that have an endpoint file, whether they still answer or not."""
+    return sorted(path.parent.name for path in state_root().glob(f"*/{ENDPOINT}"))
+
+
+def load_endpoint(name: str) -> Endpoint | None:
+    try:
+        return Endpoint(**json.loads((state_dir(name) / ENDPOINT).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def find_endpoint(name: str = "") -> Endpoint:
+    """The named cluster, or the only one. NotFound where there is none, InvalidRequest where it is not clear which."""
+    names = running_clusters()
+    if not name and len(names) > 1:
+        raise InvalidRequest("--cluster", f"expected one of {', '.join(names)}: several clusters are running")
+    endpoint = load_endpoint(name or (names[0] if names else ""))
+    if endpoint is None:
+        known = f"; running: {', '.join(names)}" if names else ""
+        wanted = f"cluster {name!r} is not running here" if name else "no cluster is running here"
+        raise NotFound(f"{wanted}{known}; start one with `flm-cluster up FILE`")
+    return endpoint

@@ -1,0 +1,114 @@
+"""What one model asks of each of its ranks: bytes of weights and KV cache, before it is known where they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm.cluster.shapes import Shapes
+from flm.worker.config import ShardSpec
+from flm.worker.errors import ConfigError
+
+# Code, activations and logits of one rank; on a GPU also the context and captured graphs.
+RUNTIME_BYTES = {"cpu": 250 << 20, "cuda": 3 << 30}
+GPU_SHARE = 0.92  # of a GPU's memory that ranks may fill
+KV_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+DEFAULT_KV = {"cpu": "float32", "cuda": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one model of the YAML asks for. `kv_memory` in bytes per rank."""
+
+    name: str
+    path: str
+    device: str = "cpu"  # cpu or cuda
+    tensor_parallel: int = 1
+    expert_parallel: int = 1
+    replicas: int = 1
+    quantization: str = "auto"
+    kv_dtype: str = "auto"
+    kv_memory: int = 1 << 30
+    max_context: int = 0  # 0: the checkpoint's
+    max_sequences: int = 64
+    block_size: int = 16
+
+
+@dataclass(frozen=True)
+class RankSize:
+    """Bytes of one rank. `read_bytes`: of its weights, by one sequence's decode step."""
+
+    weight_bytes: int
+    read_bytes: int
+    kv_bytes: int
+    runtime_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.runtime_bytes
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """A replica's KV cache. Bytes are per rank; every rank has the same blocks."""
+
+    bytes_per_token: int
+    blocks: int
+    tokens: int
+    concurrency: int  # sequences of a full context that fit at once
+
+
+def check_cut(demand: Demand, shapes: Shapes) -> None:
+    """ConfigError where the model cannot be cut into that many ranks, or takes no context that long."""
+    tp, ep, m = demand.tensor_parallel, demand.expert_parallel, shapes.config
+    if demand.max_context > m.max_position:
+        raise ConfigError(
+            f"expected at most {m.max_position}, the model's own, got {demand.max_context}",
+            field="max_context",
+        )
+    if tp > m.heads:
+        raise ConfigError(f"{tp} ranks are too many for {m.heads} attention heads", field="tensor_parallel")
+    if ep == 1:
+        return
+    if not shapes.experts:
+        raise ConfigError(f"{demand.name} has no experts; expected 1, got {ep}", field="expert_parallel")
+    if tp % ep or ep > shapes.experts:
+        raise ConfigError(
+            f"expected a divisor of tensor_parallel ({tp}) of at most {shapes.experts} experts, got {ep}",
+            field="expert_parallel",
+        )
+
+
+def rank_sizes(demand: Demand, shapes: Shapes) -> tuple[list[RankSize], KVPlan]:
+    """The sizes of every rank of one replica, and its KV cache."""
+    shards = [
+        shapes.shard(demand.tensor_parallel, r, demand.quantization) for r in range(demand.tensor_parallel)
+    ]
+    weights = [_weights(demand, shapes, shard) for shard in shards]
+    runtime = RUNTIME_BYTES[demand.device]
+    kv = _kv(demand, shapes, shards[0])
+    block_bytes = kv.bytes_per_token * demand.block_size
+    return [RankSize(held, read, kv.blocks * block_bytes, runtime) for held, read in weights], kv
+
+
+def context(demand: Demand, shapes: Shapes) -> int:
+    return demand.max_context or shapes.config.max_position
+
+
+def _weights(demand: Demand, shapes: Shapes, shard: ShardSpec) -> tuple[int, int]:
+    held = read = 0.0
+    for weight in shapes.weights:
+        bits = weight.bits(demand.quantization, shapes.config.head_dim)
+        size = weight.elements * bits / 8 * shapes.share(weight.split, shard, demand.expert_parallel)
+        held += size
+        read += size * weight.read
+    return int(held), int(read)
+
+
+def _kv(demand: Demand, shapes: Shapes, shard: ShardSpec) -> KVPlan:
+    """The same count of blocks as the engine's: as many as fit, at most what all sequences can use."""
+    dtype = DEFAULT_KV[demand.device] if demand.kv_dtype == "auto" else demand.kv_dtype
+    per_token = shapes.kv_values_per_token(shard) * KV_ITEMSIZE[dtype]
+    per_sequence = -(-context(demand, shapes) // demand.block_size)
+    blocks = min(demand.kv_memory // (per_token * demand.block_size), demand.max_sequences * per_sequence)
+    concurrency = min(blocks // per_sequence, demand.max_sequences)
+    return KVPlan(per_token, blocks, blocks * demand.block_size, concurrency)

@@ -1,0 +1,74 @@
+"""Where a plan puts ranks, and what each node is then short of. An estimate: the controller places by what it sees."""
+
+from __future__ import annotations
+
+from flm.cluster.demand import GPU_SHARE, RankSize
+from flm.cluster.hardware import Node
+from flm.cluster.units import format_bytes
+
+
+class NodeLedger:
+    """What one node has promised so far. Ranks on CPUs may share cores between replicas, but a replica wants as many
+    cores as it has ranks; a GPU belongs to one rank."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.memory_used, self.gpus_used = node, 0, 0
+        self._tight: list[str] = []
+
+    @property
+    def memory_free(self) -> int:
+        return self.node.memory - self.memory_used
+
+    def has_room(self, device: str, sizes: list[RankSize]) -> bool:
+        if device == "cuda":
+            return len(sizes) <= self.node.gpus - self.gpus_used
+        return len(sizes) <= self.node.cpus and sum(size.total_bytes for size in sizes) <= self.memory_free
+
+    def add(self, model: str, rank: int, device: str, size: RankSize) -> None:
+        if device == "cpu":
+            self.memory_used += size.total_bytes
+            return
+        self.gpus_used += 1
+        gpu = self.node.gpu
+        limit = int(gpu.memory * GPU_SHARE) if gpu else 0
+        if gpu and size.total_bytes > limit:
+            self._tight.append(
+                f"node {self.node.name}: model {model} rank {rank} needs {format_bytes(size.total_bytes)} on one "
+                f"{gpu.kind}, {format_bytes(size.total_bytes - limit)} more than the {format_bytes(limit)} it may fill"
+            )
+
+    def problems(self) -> list[str]:
+        """What this node is short of, one sentence each."""
+        found = list(self._tight)
+        if self.memory_free < 0:
+            found.append(
+                f"node {self.node.name}: short of {format_bytes(-self.memory_free)} of memory; "
+                f"{format_bytes(self.memory_used)} needed, {format_bytes(self.node.memory)} there"
+            )
+        return found
+
+
+def place(
+    model: str, replica: int, device: str, sizes: list[RankSize], ledgers: list[NodeLedger]
+) -> tuple[list[NodeLedger], str]:
+    """A node for each rank: one node for all of them where possible, for GPUs else as few as possible. Books them,
+    and returns them with what is missing ("" where nothing is)."""
+    roomy = sorted(ledgers, key=lambda ledger: -ledger.memory_free)
+    chosen, problem = [next((l for l in roomy if l.has_room(device, sizes)), roomy[0])] * len(sizes), ""
+    if not chosen[0].has_room(device, sizes):
+        if device == "cuda":
+            free = [l for l in ledgers for _ in range(l.node.gpus - l.gpus_used)]
+            if len(free) < len(sizes):
+                have = f"{len(free)} free of {sum(l.node.gpus for l in ledgers)}"
+                problem = f"model {model} replica {replica}: short of {len(sizes) - len(free)} GPUs; {len(sizes)} needed, {have}"
+                return [], problem
+            chosen = free[: len(sizes)]
+        elif len(sizes) > max(l.node.cpus for l in ledgers):
+            best = max(ledgers, key=lambda ledger: ledger.node.cpus).node
+            problem = (
+                f"model {model}: tensor_parallel {len(sizes)} needs as many cores on one machine; "
+                f"{best.name} has {best.cpus}"
+            )
+    for rank, (ledger, size) in enumerate(zip(chosen, sizes, strict=True)):
+        ledger.add(model, rank, device, size)
+    return chosen, problem

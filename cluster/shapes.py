@@ -1,0 +1,213 @@
+"""The weights of a model by shape, from a checkpoint's header or from a config.json alone: what a plan counts.
+
+Families that are planned here but not yet served by `worker` are read from their config.json's own fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm.worker.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.config import ModelConfig, RopeConfig, ShardSpec, split_evenly
+from flm.worker.families import llama
+from flm.worker.families.fields import Fields, read_json
+from flm.worker.paths import resolve_model_path
+from flm.worker.precision import DEFAULT_GROUP, SMALL_GROUP, target_format
+from flm.worker.tensor_source import Storage
+from flm.worker.weights import shard_spec
+
+FLOAT_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+_QWEN, _DEEPSEEK = "QWenLMHeadModel", "DeepseekV2ForCausalLM"
+_NOT_SERVED = {name: f"{name} can be planned but not yet served" for name in (_QWEN, _DEEPSEEK)}
+_VOCABULARY = (llama.EMBEDDING, llama.LM_HEAD)
+_SPLITS = {"q_proj": "heads", "o_proj": "heads", "k_proj": "kv", "v_proj": "kv", "lm_head": "vocab"}
+_SPLITS |= {"gate_proj": "ffn", "up_proj": "ffn", "down_proj": "ffn", "embed_tokens": "vocab"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`count` tensors alike of rows x cols weights. `split` names the axis that ranks share it by: heads, kv, ffn,
+    vocab, experts, or whole (every rank holds all of it). `read` is the part that one token's decode reads."""
+
+    name: str
+    rows: int
+    cols: int
+    split: str
+    storage: Storage
+    count: int = 1
+    read: float = 1.0
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.cols * self.count
+
+    def bits(self, quantization: str, head_dim: int) -> float:
+        """Bits per weight in memory, scales and offsets included, under the config's `quantization`."""
+        if self.cols == 1:
+            return 32.0  # vectors are kept in float32
+        wanted = target_format(self.storage.format, quantization)
+        if quantization == "int4" and self.name in _VOCABULARY:
+            wanted = "int8"
+        if wanted in FLOAT_BITS:
+            return FLOAT_BITS[wanted]
+        group = self.storage.group or (SMALL_GROUP if head_dim % DEFAULT_GROUP else DEFAULT_GROUP)
+        affine = wanted == "int4" or self.storage.format == "int4" or self.storage.label in ("Q5_1", "Q5_K")
+        width = 32 if self.storage.label.endswith("_K") and wanted == self.storage.format else 16
+        return (4.0 if wanted == "int4" else 8.0) + width * (1 + affine) / group
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model by its shapes. `latent` is the width of an MLA cache entry (0: plain K and V of every KV head).
+    `unservable` says why `up` could not serve it, empty where it can."""
+
+    config: ModelConfig
+    weights: tuple[Weight, ...]
+    precision: str
+    experts: int = 0
+    latent: int = 0
+    unservable: str = ""
+    checkpoint: Checkpoint | None = None  # where there are weights
+
+    def shard(self, tensor_parallel: int, rank: int, quantization: str) -> ShardSpec:
+        """A rank's part, cut where the engine cuts. ConfigError where it cannot be cut so."""
+        if self.checkpoint is not None:
+            return shard_spec(self.checkpoint, tensor_parallel, rank, quantization)
+        group = DEFAULT_GROUP if quantization in ("int4", "int8") else 1
+        return ShardSpec(self.config, tensor_parallel, rank, group)
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.elements for weight in self.weights)
+
+    def share(self, split: str, shard: ShardSpec, expert_parallel: int) -> float:
+        """The part of a weight with that split which one rank holds."""
+        m = self.config
+        if split == "experts":
+            spans = split_evenly(self.experts, expert_parallel)
+            within = shard.tp_size // expert_parallel  # ranks that share an expert by its columns
+            return spans[shard.tp_rank % expert_parallel].size / self.experts / within
+        held = {
+            "heads": (shard.heads.size, m.heads),
+            "kv": (shard.kv_heads.size, m.kv_heads),
+            "ffn": (shard.intermediate.size, m.intermediate),
+            "vocab": (shard.vocab.size, m.vocab),
+            "whole": (1, 1),
+        }
+        part, whole = held[split]
+        return part / whole
+
+    def kv_values_per_token(self, shard: ShardSpec) -> int:
+        """Cached values per token on the rank that holds the most; an MLA cache is the same on every rank."""
+        m = self.config
+        heads = max(shard.for_rank(rank).kv_heads.size for rank in range(shard.tp_size))
+        return m.layers * (self.latent or 2 * heads * m.head_dim)
+
+
+def read_shapes(path: str) -> Shapes:
+    """The shapes of what lies at `path` (as in cluster.yaml). A directory may hold config.json alone.
+
+    Raises CheckpointError where it is no model, or of a family that is not known."""
+    found = resolve_model_path(path)
+    if found.is_file() or any(found.glob("*.safetensors")):
+        checkpoint = open_checkpoint(found)
+        weights = _decoder(checkpoint.config, {n: checkpoint.storage(n) for n in _names(checkpoint.config)})
+        return Shapes(checkpoint.config, weights, checkpoint.quantization, checkpoint=checkpoint)
+    fields = read_json(found / "config.json")
+    names = fields.get("architectures")
+    architecture = str(names[0]) if isinstance(names, list) and names else ""
+    dtype = fields.get("torch_dtype") or fields.get("dtype") or "bfloat16"
+    if dtype not in FLOAT_BITS:
+        raise fields.fail(f"torch_dtype: one of {', '.join(FLOAT_BITS)} expected, found {dtype!r}")
+    storage = Storage(dtype, dtype, 0, 0)
+    if architecture == _DEEPSEEK:
+        return _deepseek_v2(fields, storage)
+    config = _qwen(fields) if architecture == _QWEN else llama.read_config(found)
+    weights = _decoder(config, dict.fromkeys(_names(config), storage))
+    reason = f"{found} holds config.json but no weights (*.safetensors)"
+    return Shapes(config, weights, dtype, unservable=_NOT_SERVED.get(architecture, reason))
+
+
+def _names(config: ModelConfig) -> list[str]:
+    return list(llama.expected_shapes(config))
+
+
+def _decoder(config: ModelConfig, storage: dict[str, Storage]) -> tuple[Weight, ...]:
+    """A Llama-like decoder's weights. An embedding that is not also the head is read one row per token."""
+    weights = []
+    for name, shape in llama.expected_shapes(config).items():
+        stem = name.split(".")[-2]
+        split = _SPLITS.get(stem, "whole")
+        read = 1 / config.vocab if name == llama.EMBEDDING and not config.tie_embeddings else 1.0
+        if name.endswith(".bias") and stem in ("o_proj", "down_proj"):
+            split = "whole"
+        cols = shape[1] if len(shape) == 2 else 1
+        weights.append(Weight(name, shape[0], cols, split, storage[name], read=read))
+    return tuple(weights)
+
+
+def _qwen(fields: Fields) -> ModelConfig:
+    """Qwen (the first): Llama with biases on q, k, v. `intermediate_size` counts gate and up together."""
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    return ModelConfig(
+        family="qwen",
+        hidden=hidden,
+        layers=fields.integer("num_hidden_layers"),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=fields.integer("kv_channels", hidden // heads),
+        intermediate=fields.integer("intermediate_size") // 2,
+        vocab=fields.integer("vocab_size"),
+        max_position=fields.integer("seq_length"),
+        norm_eps=fields.number("layer_norm_epsilon"),
+        rope=RopeConfig(theta=fields.number("rotary_emb_base", 10000.0)),
+        attention_bias=True,
+    )
+
+
+def _deepseek_v2(fields: Fields, storage: Storage) -> Shapes:
+    """DeepSeek-V2 (arXiv:2405.04434): multi-head latent attention and routed experts."""
+    hidden, layers, heads = (
+        fields.integer(n) for n in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    )
+    nope, rope, value, rank = (
+        fields.integer(n) for n in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    )
+    experts, top_k = fields.integer("n_routed_experts"), fields.integer("num_experts_per_tok")
+    width, dense = fields.integer("moe_intermediate_size"), fields.integer("first_k_dense_replace")
+    config = ModelConfig(
+        family="deepseek_v2",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=nope + rope,
+        intermediate=fields.integer("intermediate_size"),
+        vocab=fields.integer("vocab_size"),
+        max_position=fields.integer("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps"),
+        rope=RopeConfig(theta=fields.number("rope_theta", 10000.0), rotary_dim=rope),
+    )
+    sparse, shared = layers - dense, width * fields.integer("n_shared_experts")
+    query = fields.get("q_lora_rank")
+    rows: list[tuple[str, int, int, str, int, float]] = [
+        (llama.EMBEDDING, config.vocab, hidden, "vocab", 1, 1 / config.vocab),
+        (llama.LM_HEAD, config.vocab, hidden, "vocab", 1, 1.0),
+        ("norms", hidden, 1, "whole", 2 * layers + 1, 1.0),
+        ("kv_a", rank + rope, hidden, "whole", layers, 1.0),
+        ("kv_a_norm", rank, 1, "whole", layers, 1.0),
+        ("kv_b", heads * (nope + value), rank, "heads", layers, 1.0),
+        ("output", hidden, heads * value, "heads", layers, 1.0),
+        ("dense mlp", 3 * config.intermediate, hidden, "ffn", dense, 1.0),
+        ("router", experts, hidden, "whole", sparse, 1.0),
+        ("shared experts", 3 * shared, hidden, "ffn", sparse, 1.0),
+        ("experts", 3 * width * experts, hidden, "experts", sparse, top_k / experts),
+    ]
+    if query is None:
+        rows.append(("q", heads * (nope + rope), hidden, "heads", layers, 1.0))
+    else:
+        rows.append(("q_a", int(query), hidden, "whole", layers, 1.0))
+        rows.append(("q_a_norm", int(query), 1, "whole", layers, 1.0))
+        rows.append(("q_b", heads * (nope + rope), int(query), "heads", layers, 1.0))
+    weights = tuple(Weight(n, r, c, split, storage, count, read) for n, r, c, split, count, read in rows)
+    return Shapes(config, weights, storage.label, experts, rank + rope, _NOT_SERVED[_DEEPSEEK])

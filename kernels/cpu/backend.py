@@ -1,0 +1,294 @@
+"""CpuBackend: the Backend protocol on CPUs. Checks arguments, writes program rows; the work is in program.py.
+
+Shape legend: see flm.kernels.backend.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.kernels.backend import SamplingBatch
+from flm.kernels.cpu import opcodes
+from flm.kernels.cpu.configure import load_program
+from flm.kernels.cpu.graph import CpuGraph, raise_status
+from flm.kernels.cpu.pack import FORMS, CpuMatrix, aligned, pack
+from flm.kernels.errors import DTypeError, KernelError, ShapeError
+from flm.kernels.group import Group
+from flm.kernels.quant import QuantizedMatrix
+
+Array = NDArray[Any]
+F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
+TILE_ROWS = 24  # query rows of one attention task
+CHUNK = 48  # tokens of one linear task, as in linear.py
+
+
+@dataclass(frozen=True, eq=False)
+class CpuCache:
+    """k [blocks, J, D, block size], v [blocks, J, block size, D rounded up to 16]; float32 or float16."""
+
+    k: Array
+    v: Array
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.k.shape[0])
+
+    @property
+    def block_size(self) -> int:
+        return int(self.k.shape[3])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.k.shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.k.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+def address(array: Array | None) -> int:
+    """Where the data lies; 0 for None."""
+    return 0 if array is None else int(array.__array_interface__["data"][0])
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32."""
+    return int(np.float32(value).view(np.int32))
+
+
+def check(name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype[Any] = F32) -> int:
+    """The address of an array with this shape and dtype, contiguous."""
+    if array.dtype != dtype:
+        raise DTypeError(f"{name}: {dtype} expected, got {array.dtype}")
+    if array.shape != shape or not array.flags.c_contiguous:
+        layout = "" if array.flags.c_contiguous else ", not C-contiguous"
+        raise ShapeError(f"{name}: {shape} expected, got {array.shape}{layout}")
+    return address(array)
+
+
+def columns(name: str, array: Array, dims: int = 2) -> tuple[int, ...]:
+    """The shape of an array that must have `dims` dimensions."""
+    if array.ndim != dims:
+        raise ShapeError(f"{name}: {dims} dimensions expected, got shape {array.shape}")
+    return tuple(array.shape)
+
+
+class CpuBackend:
+    """threads: how many this backend's ops may use. One thread at a time may call it."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self.threads = threads
+        self._run = load_program(threads)
+        self._graph: CpuGraph | None = None
+        self._row = np.zeros((1, opcodes.ROW_WIDTH), np.int64)
+        self._area = aligned((1 << 16,), np.uint8)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        return aligned(shape, dtype)
+
+    def asarray(self, host: Array) -> Array:
+        return np.ascontiguousarray(host)
+
+    def to_host(self, array: Array) -> Array:
+        return array
+
+    def pack(self, matrix: QuantizedMatrix) -> CpuMatrix:
+        return pack(matrix)
+
+    def kv_cache(self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32) -> CpuCache:
+        if block_size % 16 or block_size <= 0:
+            raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
+        if np.dtype(dtype) not in (np.float32, np.float16):
+            raise DTypeError(f"a float32 or float16 cache expected, got {np.dtype(dtype)}")
+        k = aligned((num_blocks, kv_heads, head_dim, block_size), dtype)
+        v = aligned((num_blocks, kv_heads, block_size, -(-head_dim // 16) * 16), dtype)
+        k[...], v[...] = 0, 0
+        return CpuCache(k, v)
+
+    @contextmanager
+    def capture(self) -> Iterator[CpuGraph]:
+        if self._graph is not None:
+            raise KernelError("capture() inside capture()")
+        self._graph = graph = CpuGraph(self._run, self.threads)
+        try:
+            yield graph
+        finally:
+            self._graph = None
+
+    def _emit(self, row: list[int], *keep: Any) -> None:
+        if self._graph is not None:
+            self._graph.add(row, keep)
+            return
+        self._row[0, : len(row)] = row
+        status = self._run(self._row, self.threads)
+        if status:
+            raise_status(status & 255, int(self._row[0, 3]), keep[-1])
+
+    def _scratch(self, nbytes: int) -> Array:
+        """Working memory that ops share, since they run one after the other. Grows; graphs keep what they recorded."""
+        if nbytes > len(self._area):
+            self._area = aligned((nbytes + nbytes // 4,), np.uint8)
+        return self._area
+
+    def linear(
+        self, x_TK: Array, weight: CpuMatrix, out_TN: Array, bias_N: Array | None = None, accumulate: bool = False
+    ) -> None:
+        T, (N, K) = columns("x", x_TK)[0], weight.shape
+        x, out = check("x", x_TK, (T, K)), check("out", out_TN, (T, N))
+        bias = 0 if bias_N is None else check("bias", bias_N, (N,))
+        groups = -(-K // weight.group) if weight.group else 0
+        area = (min(max(T, 1), CHUNK) * 256 + CHUNK * 256 + weight.group * 256 + 64) // 64 * 64
+        scratch = self._scratch(64 + area * self.threads + T * groups * 4 * (weight.group + 1) + 64)
+        row = [opcodes.LINEAR, *self._weight(weight, x, T), out, bias, int(accumulate), address(scratch), area, self.threads]
+        self._emit(row, x_TK, weight, out_TN, bias_N, scratch)
+
+    @staticmethod
+    def _weight(weight: CpuMatrix, rows: int, count: int) -> list[int]:
+        """Fields 1 to 11 of the rows that read a packed weight."""
+        (N, K), group = weight.shape, weight.group
+        half = int(weight.scales is not None and weight.scales.dtype == np.float16)
+        groups = -(-K // group) if group else 0
+        places = [address(weight.scales), address(weight.offsets)]
+        return [FORMS[weight.form], rows, count, K, address(weight.codes), N, group, groups, *places, half]
+
+    def embedding(self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
+        T = columns("ids", ids_T, 1)[0]
+        ids, out = check("ids", ids_T, (T,), I32), check("out", out_TE, (T, weight.shape[1]))
+        self._emit([opcodes.EMBEDDING, *self._weight(weight, ids, T), out, first_row], weight, ids_T, out_TE)
+
+    def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
+        self._norm(x_TE, None, weight_E, eps, out_TE)
+
+    def add_rms_norm(self, x_TE: Array, delta_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
+        self._norm(x_TE, delta_TE, weight_E, eps, out_TE)
+
+    def _norm(self, x_TE: Array, delta_TE: Array | None, weight_E: Array, eps: float, out_TE: Array) -> None:
+        T, E = columns("x", x_TE)
+        x, out, weight = check("x", x_TE, (T, E)), check("out", out_TE, (T, E)), check("weight", weight_E, (E,))
+        delta = 0 if delta_TE is None else check("delta", delta_TE, (T, E))
+        row = [opcodes.NORM, x, delta, T, E, weight, float_bits(eps), out]
+        self._emit(row, x_TE, delta_TE, weight_E, out_TE)
+
+    def silu_mul(self, gate_up_T2F: Array, out_TF: Array) -> None:
+        T, F = columns("out", out_TF)
+        gate_up, out = check("gate_up", gate_up_T2F, (T, 2 * F)), check("out", out_TF, (T, F))
+        self._emit([opcodes.SILU_MUL, gate_up, out, T, F], gate_up_T2F, out_TF)
+
+    def rope_kv_write(
+        self, qkv_TC: Array, positions_T: Array, slots_T: Array, cos_PR: Array, sin_PR: Array, cache: CpuCache, q_out_THD: Array
+    ) -> None:
+        T, H, D = columns("q_out", q_out_THD, 3)
+        J, (P, R), bs = cache.kv_heads, columns("cos", cos_PR), cache.block_size
+        if D != cache.head_dim or 2 * R > D:
+            raise ShapeError(f"heads of {cache.head_dim} and tables of at most half of that expected, got {D} and {R}")
+        qkv, q_out = check("qkv", qkv_TC, (T, (H + 2 * J) * D)), check("q_out", q_out_THD, (T, H, D))
+        positions, slots = check("positions", positions_T, (T,), I32), check("slots", slots_T, (T,), I32)
+        cos, sin = check("cos", cos_PR, (P, R)), check("sin", sin_PR, (P, R))
+        half, scratch = int(cache.k.dtype == np.float16), self._scratch(T * D * 4)
+        row = [opcodes.ROPE_KV_WRITE, qkv, T, positions, slots, H, J, D, R, cache.v.shape[3], bs, half, cos, sin]
+        row += [address(cache.k), address(cache.v), q_out, address(scratch)]
+        self._emit(row, qkv_TC, positions_T, slots_T, cos_PR, sin_PR, cache, q_out_THD, scratch)
+
+    def paged_attention(
+        self,
+        q_THD: Array,
+        cache: CpuCache,
+        block_tables_SB: Array,
+        seq_index_T: Array,
+        positions_T: Array,
+        scale: float,
+        out_THD: Array,
+    ) -> None:
+        T, H, D = columns("q", q_THD, 3)
+        (S, B), J, bs, Dp = columns("block_tables", block_tables_SB), cache.kv_heads, cache.block_size, cache.v.shape[3]
+        q, out = check("q", q_THD, (T, H, cache.head_dim)), check("out", out_THD, (T, H, D))
+        tables = check("block_tables", block_tables_SB, (S, B), I32)
+        index, positions = check("seq_index", seq_index_T, (T,), I32), check("positions", positions_T, (T,), I32)
+        heads = -(-H // J)
+        tile = max(1, min(TILE_ROWS // heads, -(-T * J // (4 * self.threads))))
+        area = (tile * heads * (4 * (D + Dp + B * bs) + 8) + 192) // 64 * 64
+        scratch = self._scratch(64 + area * self.threads)
+        row = [opcodes.PAGED_ATTENTION, q, T, index, positions, H, J, D, Dp, bs, int(cache.k.dtype == np.float16)]
+        row += [address(cache.k), address(cache.v), out, tables, B, S, float_bits(scale), tile, address(scratch), area]
+        keep = (q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, scratch)
+        self._emit([*row, self.threads], *keep)
+
+    def take_rows(self, x_TE: Array, rows_S: Array, out_SE: Array) -> None:
+        (T, E), S = columns("x", x_TE), columns("rows", rows_S, 1)[0]
+        x, rows, out = check("x", x_TE, (T, E)), check("rows", rows_S, (S,), I32), check("out", out_SE, (S, E))
+        self._emit([opcodes.TAKE_ROWS, x, rows, S, E, out], x_TE, rows_S, out_SE)
+
+    def sample(
+        self,
+        logits_SV: Array,
+        batch: SamplingBatch,
+        ids_S: Array,
+        logprobs_S: Array,
+        top_ids_SN: Array | None = None,
+        top_logprobs_SN: Array | None = None,
+    ) -> None:
+        S, V = columns("logits", logits_SV)
+        N = 0 if top_ids_SN is None else min(columns("top_ids", top_ids_SN)[1], V)
+        parameters = [check_parameter(batch, name, kind, S) for name, kind in PARAMETERS]
+        tops = [0, 0]
+        if top_ids_SN is not None and top_logprobs_SN is not None:
+            tops = [check("top_ids", top_ids_SN, (S, N), I32), check("top_logprobs", top_logprobs_SN, (S, N))]
+        lists = [address(a) for a in (batch.token_ids, batch.in_prompt, batch.output_count)]
+        area = (V * 12 + 2048 * 16 + 192) // 64 * 64
+        scratch = self._scratch(area * self.threads)
+        row = [opcodes.SAMPLE, check("logits", logits_SV, (S, V)), S, V, *parameters]
+        row += [check("row_ptr", batch.row_ptr, (S + 1,), I32), *lists, check("ids", ids_S, (S,), I32), *tops, N]
+        row += [check("logprobs", logprobs_S, (S,)), address(scratch), area, self.threads]
+        self._emit(row, logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_logprobs_SN, scratch)
+
+    def _collective(self, op: int, group: Group, array: Array | None, extra: list[int], *keep: Any) -> None:
+        row = [op, address(array), address(group.buffer), 0, group.rank, group.size, group.slot_bytes]
+        row += [int(group.timeout * 1e9), int(time.CLOCK_MONOTONIC), *extra]
+        self._emit(row, array, *keep, group)
+
+    def all_reduce(self, group: Group, x: Array) -> None:
+        check("x", x, x.shape)
+        self._collective(opcodes.ALL_REDUCE, group, x, [x.size])
+
+    def all_gather_cols(self, group: Group, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
+        if len(widths) != group.size:
+            raise ShapeError(f"{group.size} widths expected, got {len(widths)}")
+        S = columns("x", x_SN)[0]
+        check("x", x_SN, (S, widths[group.rank]))
+        out = check("out", out_SN, (S, sum(widths)))
+        table = np.array(widths, np.int64)
+        self._collective(opcodes.ALL_GATHER, group, x_SN, [S, out, sum(widths), address(table)], out_SN, table)
+
+    def broadcast(self, group: Group, x: Array, root: int = 0) -> None:
+        check("x", x, x.shape, x.dtype)
+        self._collective(opcodes.BROADCAST, group, x, [x.nbytes, root])
+
+    def barrier(self, group: Group) -> None:
+        self._collective(opcodes.BARRIER, group, None, [])
+
+
+PARAMETERS = (
+    ("temperature_S", F32), ("top_k_S", I32), ("top_p_S", F32), ("min_p_S", F32), ("repetition_S", F32),
+    ("presence_S", F32), ("frequency_S", F32), ("seed_S", np.dtype(np.uint64)), ("position_S", np.dtype(np.int64)),
+)  # fmt: skip
+
+
+def check_parameter(batch: SamplingBatch, name: str, dtype: np.dtype[Any], rows: int) -> int:
+    """The address of one of the batch's arrays."""
+    return check(name, getattr(batch, name), (rows,), dtype)
+
+
+def warm(threads: int) -> None:
+    """Compile the kernels, or load them from the cache; takes up to a minute once per machine and version."""
+    load_program(threads)

@@ -1,0 +1,150 @@
+"""Norms, activation, rotary embedding with the cache write, row selection.
+
+Each body handles one token; small steps run it in a plain loop, large ones over threads.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import numpy as np
+from numba import cfunc, njit, prange
+
+from flm.kernels.cpu.memory import f32_at, float_of_bits, i32_at, i64_at, store_half
+from flm.kernels.cpu.opcodes import OP, ROW_WIDTH
+from flm.kernels.cpu.vector import silu_times, sum_of_squares
+
+SMALL = 60_000  # elements below which starting threads costs more than it saves
+
+
+@njit
+def _norm_row(row, t):  # type: ignore
+    E = row[4]
+    x, w, out = f32_at(row[1] + t * E * 4, E), f32_at(row[5], E), f32_at(row[7] + t * E * 4, E)
+    if row[2] != 0:
+        delta = f32_at(row[2] + t * E * 4, E)
+        for e in range(E):
+            x[e] += delta[e]
+    mean = sum_of_squares(row[1] + t * E * 4, E) / np.float32(E)
+    factor = np.float32(1.0) / np.float32(sqrt(mean + float_of_bits(row[6])))
+    for e in range(E):
+        out[e] = x[e] * factor * w[e]
+
+
+@njit(parallel=True)
+def _norm_rows(row):  # type: ignore
+    for t in prange(row[3]):
+        _norm_row(row, t)
+
+
+@cfunc(OP, cache=True)
+def norm(address):  # type: ignore
+    """row: 1 x, 2 delta or 0, 3 T, 4 E, 5 weight, 6 eps, 7 out."""
+    row = i64_at(address, ROW_WIDTH)
+    if row[3] * row[4] < SMALL:
+        for t in range(row[3]):
+            _norm_row(row, t)
+    else:
+        _norm_rows(row)
+    return 0
+
+
+@njit
+def _silu_row(row, t):  # type: ignore
+    F = row[4]
+    gate = row[1] + t * 2 * F * 4
+    silu_times(gate, gate + F * 4, row[2] + t * F * 4, F)
+
+
+@njit(parallel=True)
+def _silu_rows(row):  # type: ignore
+    for t in prange(row[3]):
+        _silu_row(row, t)
+
+
+@cfunc(OP, cache=True)
+def silu_mul(address):  # type: ignore
+    """row: 1 gate and up, 2 out, 3 T, 4 F."""
+    row = i64_at(address, ROW_WIDTH)
+    if row[3] * row[4] < SMALL // 4:
+        for t in range(row[3]):
+            _silu_row(row, t)
+    else:
+        _silu_rows(row)
+    return 0
+
+
+@njit
+def _turn(source, target, D, R, cos, sin):  # type: ignore
+    """Rotate one head: column d pairs with d + R."""
+    for d in range(R):
+        first, second = source[d], source[d + R]
+        target[d] = first * cos[d] - second * sin[d]
+        target[d + R] = second * cos[d] + first * sin[d]
+    for d in range(2 * R, D):
+        target[d] = source[d]
+
+
+@njit
+def _store(address, stride, half, source, D):  # type: ignore
+    """Write a head to the cache, `stride` elements between columns."""
+    if half != 0:
+        for d in range(D):
+            store_half(address + d * stride * 2, source[d])
+    else:
+        target = f32_at(address, (D - 1) * stride + 1)
+        for d in range(D):
+            target[d * stride] = source[d]
+
+
+@njit
+def _rope_token(row, t):  # type: ignore
+    H, J, D, R, Dp, bs, half = row[5], row[6], row[7], row[8], row[9], row[10], row[11]
+    size = 4 - 2 * half
+    position = np.int64(i32_at(row[3], row[2])[t])
+    slot = np.int64(i32_at(row[4], row[2])[t])
+    cos, sin = f32_at(row[12] + position * R * 4, R), f32_at(row[13] + position * R * 4, R)
+    base = row[1] + t * (H + 2 * J) * D * 4
+    for h in range(H):
+        _turn(f32_at(base + h * D * 4, D), f32_at(row[16] + (t * H + h) * D * 4, D), D, R, cos, sin)
+    if slot < 0:
+        return
+    block, offset = slot // bs, slot % bs
+    turned = f32_at(row[17] + t * D * 4, D)
+    for j in range(J):
+        _turn(f32_at(base + (H + j) * D * 4, D), turned, D, R, cos, sin)
+        _store(row[14] + ((block * J + j) * D * bs + offset) * size, bs, half, turned, D)
+        v = f32_at(base + (H + J + j) * D * 4, D)
+        _store(row[15] + ((block * J + j) * bs + offset) * Dp * size, 1, half, v, D)
+
+
+@njit(parallel=True)
+def _rope_tokens(row):  # type: ignore
+    for t in prange(row[2]):
+        _rope_token(row, t)
+
+
+@cfunc(OP, cache=True)
+def rope_kv_write(address):  # type: ignore
+    """row: 1 qkv, 2 T, 3 positions, 4 slots, 5 H, 6 J, 7 D, 8 R, 9 Dp, 10 block size, 11 half, 12 cos, 13 sin, 14 k cache,
+    15 v cache, 16 q out, 17 scratch [T, D]."""
+    row = i64_at(address, ROW_WIDTH)
+    if row[2] * (row[5] + 2 * row[6]) * row[7] < SMALL:
+        for t in range(row[2]):
+            _rope_token(row, t)
+    else:
+        _rope_tokens(row)
+    return 0
+
+
+@cfunc(OP, cache=True)
+def take_rows(address):  # type: ignore
+    """row: 1 x, 2 rows, 3 S, 4 E, 5 out."""
+    row = i64_at(address, ROW_WIDTH)
+    S, E = row[3], row[4]
+    index = i32_at(row[2], S)
+    for s in range(S):
+        source, target = f32_at(row[1] + np.int64(index[s]) * E * 4, E), f32_at(row[5] + s * E * 4, E)
+        for e in range(E):
+            target[e] = source[e]
+    return 0

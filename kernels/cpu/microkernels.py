@@ -1,0 +1,199 @@
+"""Register-blocked products: T tokens times R * 16 outputs, accumulators in registers, written as LLVM vector code.
+
+Two forms, each a numba intrinsic on integer addresses, whose first argument (the weight form) is a compile-time constant:
+
+affine  quantisation groups: per group acc = fma over k of code * x, from zero; then
+        out = fma(scale, acc, fma(offset, xsum, out)) per output. Exactly this order for every T.
+plain   float weights: out = fma over k of w * x, from out.
+
+int4 codes come as 32-bit words that hold 8 successive k of one output; a nibble is masked where it stands and converted
+as code * 2^(4j), and x arrives divided by 2^(4j) (exact), which saves the shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from flm.kernels.cpu.ir import F32, LANES, VF32, VI32, Loop, const, fma, i64, load, load_f32, splat, store
+
+PANEL = 64  # outputs per panel of packed weights
+MAX_TOKENS = 6
+INT4, INT8, FLOAT32, FLOAT16, BFLOAT16 = range(5)
+WIDTH = (4, 1, 4, 2, 2)  # bytes an output takes in one row of codes (a row is 8 k for int4)
+STEPS = (8, 4, 1, 1, 1)  # k per round of the inner loop
+NAMES = ("int4", "int8", "float32", "float16", "bfloat16")
+
+
+def _weights(b: Any, form: int, address: Any, r: int, j: int) -> Any:
+    """16 weights (for int4: times 2^(4j)) of output vector r at step j of the round that starts at `address`."""
+    if form != INT4:
+        return load_f32(b, b.add(address, i64(r * LANES * WIDTH[form])), NAMES[form])
+    word = load(b, b.add(address, i64(r * LANES * 4)), VI32, 4)
+    if j == 7:
+        return b.sitofp(b.lshr(word, const(VI32, 28)), VF32)
+    return b.sitofp(b.and_(word, const(VI32, 15 << (4 * j))), VF32)
+
+
+def _inner(b: Any, form: int, T: int, R: int, w: Any, w_stride: Any, x: Any, x_stride: Any, k: Any, acc: list[Any]) -> list[Any]:
+    """The loop over k; acc[t * R + r]. w_stride: bytes per row of codes."""
+    steps = STEPS[form]
+    rounds = b.udiv(k, i64(steps)) if steps > 1 else k
+    rows = [b.add(x, b.mul(x_stride, i64(t))) for t in range(T)]
+    loop = Loop(b, rounds, acc)
+    acc = list(loop.values)
+    at = b.mul(loop.index, i64(steps))
+    for j in range(steps):
+        row = loop.index if form == INT4 else b.add(at, i64(j))
+        address = b.add(w, b.mul(row, w_stride))
+        x_at = b.shl(b.add(at, i64(j)), i64(2))
+        xs = [splat(b, load(b, b.add(rows[t], x_at), F32, 4)) for t in range(T)]
+        for r in range(R):
+            weight = _weights(b, form, address, r, j)
+            for t in range(T):
+                acc[t * R + r] = fma(b, weight, xs[t], acc[t * R + r])
+    return loop.finish(acc)
+
+
+def _scale_vector(b: Any, address: Any, is_half: Any, r: int) -> Any:
+    """16 scales or offsets, stored as float16 or float32 by a run-time flag."""
+    with b.if_else(is_half) as (then, otherwise):
+        with then:
+            half = load_f32(b, b.add(address, i64(r * LANES * 2)), "float16")
+            from_half = b.block
+        with otherwise:
+            full = load_f32(b, b.add(address, i64(r * LANES * 4)), "float32")
+            from_full = b.block
+    phi = b.phi(VF32)
+    phi.add_incoming(half, from_half)
+    phi.add_incoming(full, from_full)
+    return phi
+
+
+def _places(b: Any, T: int, R: int, out: Any, out_stride: Any) -> list[Any]:
+    return [b.add(b.add(out, b.mul(out_stride, i64(t))), i64(r * LANES * 4)) for t in range(T) for r in range(R)]
+
+
+def _affine_body(b: Any, form: int, T: int, R: int, lane: Any, args: dict[str, Any]) -> None:
+    """One group for R * 16 outputs from `lane`."""
+    w = b.add(args["w"], b.mul(lane, i64(WIDTH[form])))
+    zeros = [const(VF32, 0.0)] * (T * R)
+    acc = _inner(b, form, T, R, w, i64(PANEL * WIDTH[form]), args["x"], args["x_stride"], args["k"], zeros)
+    places = _places(b, T, R, b.add(args["out"], b.shl(lane, i64(2))), i64(PANEL * 4))
+    is_half = b.icmp_signed("!=", args["half"], i64(0))
+    scale_at = b.mul(lane, b.select(is_half, i64(2), i64(4)))
+    with b.if_then(b.icmp_signed("!=", args["offsets"], i64(0))):
+        sums = [splat(b, load(b, b.add(args["xsum"], b.mul(args["xsum_stride"], i64(t))), F32, 4)) for t in range(T)]
+        for r in range(R):
+            offset = _scale_vector(b, b.add(args["offsets"], scale_at), is_half, r)
+            for t in range(T):
+                place = places[t * R + r]
+                store(b, place, fma(b, offset, sums[t], load(b, place, VF32, 4)), 4)
+    for r in range(R):
+        scale = _scale_vector(b, b.add(args["scales"], scale_at), is_half, r)
+        for t in range(T):
+            place = places[t * R + r]
+            store(b, place, fma(b, scale, acc[t * R + r], load(b, place, VF32, 4)), 4)
+
+
+def _plain_body(b: Any, form: int, T: int, R: int, lane: Any, args: dict[str, Any]) -> None:
+    """All k for R * 16 outputs from `lane`."""
+    w = b.add(args["w"], b.mul(lane, i64(WIDTH[form])))
+    places = _places(b, T, R, b.add(args["out"], b.shl(lane, i64(2))), args["out_stride"])
+    initial = [load(b, p, VF32, 4) for p in places]
+    acc = _inner(b, form, T, R, w, args["w_stride"], args["x"], args["x_stride"], args["k"], initial)
+    for place, value in zip(places, acc, strict=True):
+        store(b, place, value, 4)
+
+
+def _over_lanes(b: Any, lane: Any, lanes: Any, R: int, body: Callable[[Any], None]) -> tuple[Any, Any]:
+    """Run the body for every whole R * 16 lanes; what is left is returned."""
+    size = R * LANES
+    loop = Loop(b, b.udiv(lanes, i64(size)), [])
+    body(b.add(lane, b.mul(loop.index, i64(size))))
+    loop.finish([])
+    done = b.mul(b.udiv(lanes, i64(size)), i64(size))
+    return b.add(lane, done), b.sub(lanes, done)
+
+
+def _switch(b: Any, tokens: Any, lane: Any, lanes: Any, body: Callable[[int, int, Any], None]) -> None:
+    """body(T, R, lane) over the lanes, for the run-time number of tokens, 1 to MAX_TOKENS."""
+    end = b.append_basic_block("tokens_done")
+    switch = b.switch(tokens, end)
+    for T in range(1, MAX_TOKENS + 1):
+        block = b.append_basic_block(f"tokens_{T}")
+        switch.add_case(i64(T), block)
+        b.position_at_end(block)
+        at, left = lane, lanes
+        for R in (4, 2, 1) if T == 1 else (1,):
+            at, left = _over_lanes(b, at, left, R, lambda lane, T=T, R=R: body(T, R, lane))  # type: ignore[misc]
+        b.branch(end)
+    b.position_at_end(end)
+
+
+@intrinsic(prefer_literal=True)
+def affine(ctx, form, T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride):  # type: ignore
+    """G groups of k inputs for T <= 6 tokens. w_group: bytes of codes per group; strides in bytes; out [T, 64];
+    scales, offsets [G, 64], float16 where half, offsets 0 for none; xsum [T, G]."""
+    names = ("w", "w_group", "x", "x_stride", "k", "G", "out", "scales", "offsets", "half", "xsum", "xsum_stride")
+    kind = form.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        _, T, lane, lanes, *rest = values
+        a = dict(zip(names, rest, strict=True))
+        has_offsets = b.icmp_signed("!=", a["offsets"], i64(0))
+        scale_bytes = b.select(b.icmp_signed("!=", a["half"], i64(0)), i64(PANEL * 2), i64(PANEL * 4))
+        loop = Loop(b, a["G"], [])
+        g = loop.index
+        here = dict(a)
+        here["w"] = b.add(a["w"], b.mul(g, a["w_group"]))
+        here["x"] = b.add(a["x"], b.mul(g, b.shl(a["k"], i64(2))))
+        here["xsum"] = b.add(a["xsum"], b.shl(g, i64(2)))
+        here["scales"] = b.add(a["scales"], b.mul(g, scale_bytes))
+        here["offsets"] = b.select(has_offsets, b.add(a["offsets"], b.mul(g, scale_bytes)), i64(0))
+        _switch(b, T, lane, lanes, lambda T, R, lane: _affine_body(b, kind, T, R, lane, here))
+        loop.finish([])
+        return context.get_dummy_value()
+
+    return types.void(form, *[types.int64] * 15), codegen
+
+
+@intrinsic(prefer_literal=True)
+def plain(ctx, form, T, lanes, w, w_stride, x, x_stride, k, out, out_stride):  # type: ignore
+    """out [T <= 6, lanes] += x [T, k] @ w [k, lanes]; strides in bytes, lanes a multiple of 16."""
+    names = ("w", "w_stride", "x", "x_stride", "k", "out", "out_stride")
+    kind = form.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
+        _, T, lanes, *rest = values
+        args = dict(zip(names, rest, strict=True))
+        _switch(b, T, i64(0), lanes, lambda T, R, lane: _plain_body(b, kind, T, R, lane, args))
+        return context.get_dummy_value()
+
+    return types.void(form, *[types.int64] * 9), codegen
+
+
+@intrinsic(prefer_literal=True)
+def convert(ctx, form, codes, tile, k):  # type: ignore
+    """A group's codes [k, 64] to float32 [k, 64], int4 times 2^(4j) as everywhere."""
+    kind = form.literal_value
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        _, codes, tile, k = args
+        steps = STEPS[kind]
+        loop = Loop(b, b.udiv(k, i64(steps)), [])
+        source = b.add(codes, b.mul(loop.index, i64(PANEL * 4)))
+        target = b.add(tile, b.mul(loop.index, i64(steps * PANEL * 4)))
+        for r in range(PANEL // LANES):
+            for j in range(steps):
+                row = source if kind == INT4 else b.add(source, i64(j * PANEL))
+                place = b.add(target, i64((j * PANEL + r * LANES) * 4))
+                store(b, place, _weights(b, kind, row, r, j), 4)
+        loop.finish([])
+        return context.get_dummy_value()
+
+    return types.void(form, types.int64, types.int64, types.int64), codegen

@@ -1,0 +1,94 @@
+"""CpuMatrix: a weight in panels of 64 outputs, so that vector lanes run over outputs and a panel is read front to back.
+
+int4     codes  [panels, Kp / 8, 64] uint32, nibble j of a word is input 8 i + j
+int8     codes  [panels, Kp, 64] int8
+floats   codes  [panels, K, 64]
+scales, offsets [panels, G, 64] float16 or float32
+Kp = G * group. Outputs are padded to 64 with zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.kernels.errors import UnsupportedFormat
+from flm.kernels.quant import FLOAT_DTYPES, QuantizedMatrix, to_float32
+
+PANEL = 64
+FORMS = {"int4": 0, "int8": 1, "float32": 2, "float16": 3, "bfloat16": 4}
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class CpuMatrix:
+    """See the module's docstring."""
+
+    form: str
+    shape: tuple[int, int]
+    codes: Array
+    group: int
+    scales: Array | None
+    offsets: Array | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (self.codes, self.scales, self.offsets) if a is not None)
+
+    @property
+    def panels(self) -> int:
+        return -(-self.shape[0] // PANEL)
+
+    def dequantize(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows start..stop as float32."""
+        first, last = start // PANEL, -(-stop // PANEL)
+        codes = self.codes[first:last]
+        if self.form == "int4":
+            shifts = np.arange(8, dtype=np.uint32)[None, None, :, None] * 4
+            codes = ((codes[:, :, None, :] >> shifts) & 15).reshape(len(codes), -1, PANEL)
+        wide = to_float32(codes, self.form)
+        if self.scales is not None:
+            wide = wide * np.repeat(self.scales[first:last].astype(np.float32), self.group, axis=1)
+        if self.offsets is not None:
+            wide = wide + np.repeat(self.offsets[first:last].astype(np.float32), self.group, axis=1)
+        rows = wide.transpose(0, 2, 1).reshape(-1, wide.shape[1])
+        return np.ascontiguousarray(rows[start - first * PANEL : stop - first * PANEL, : self.shape[1]])
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialised array at a multiple of 64 bytes: one cache line, one AVX-512 register."""
+    kind = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+    raw = np.empty(count + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count].view(kind).reshape(shape)
+
+
+def _panels(rows: Array) -> Array:
+    """[N, X] to [panels, X, 64], padded with zeros, aligned."""
+    n, x = rows.shape
+    panels = -(-n // PANEL)
+    out = aligned((panels, x, PANEL), rows.dtype)
+    whole = n // PANEL
+    out[:whole] = rows[: whole * PANEL].reshape(whole, PANEL, x).transpose(0, 2, 1)
+    if whole < panels:
+        out[whole] = 0
+        out[whole, :, : n - whole * PANEL] = rows[whole * PANEL :].T
+    return out
+
+
+def pack(matrix: QuantizedMatrix) -> CpuMatrix:
+    """Rearrange; nothing is rounded."""
+    if matrix.format not in FORMS:
+        raise UnsupportedFormat(f"one of {', '.join(FORMS)} expected, got {matrix.format}")
+    if matrix.format in FLOAT_DTYPES:
+        return CpuMatrix(matrix.format, matrix.shape, _panels(matrix.codes), 0, None, None)
+    codes = matrix.codes
+    if matrix.format == "int4":
+        codes = np.ascontiguousarray(codes).view("<u4")  # four bytes of two nibbles: nibble j is input j
+    assert matrix.scales is not None
+    offsets = None if matrix.offsets is None else _panels(matrix.offsets.astype(matrix.scales.dtype))
+    return CpuMatrix(matrix.format, matrix.shape, _panels(codes), matrix.group, _panels(matrix.scales), offsets)

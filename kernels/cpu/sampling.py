@@ -1,0 +1,246 @@
+"""Sampling: one row of logits to one id, as reference_sampling.py specifies it, without sorting the vocabulary.
+
+top_k and top_p find the border by radix selection over the bits of the logits: count or sum the probability of 2048 bins,
+take the bin where the border falls, look closer, three times. Ids stay in ascending order throughout.
+"""
+
+from __future__ import annotations
+
+from math import log
+
+import numpy as np
+from numba import cfunc, njit, prange
+
+from flm.kernels.cpu.memory import bits_of_float, f32_at, f64_at, i32_at, i64_at, u8_at, u64_at
+from flm.kernels.cpu.opcodes import OP, ROW_WIDTH
+from flm.kernels.cpu.vector import exp_sum, maximum
+
+BINS = 2048
+BLOCK = 256  # probabilities summed together before the exact place of a draw is looked for
+LOW = np.uint64(0xFFFFFFFF)
+
+
+@njit
+def uniform(seed, position):  # type: ignore
+    """Philox4x32-10 with key = seed, counter = position; 53 bits in [0, 1). See philox.py."""
+    s32 = np.uint64(32)
+    c0, c1, c2, c3 = position & LOW, position >> s32, np.uint64(0), np.uint64(0)
+    k0, k1 = seed & LOW, seed >> s32
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (p1 >> s32) ^ c1 ^ k0, p1 & LOW, (p0 >> s32) ^ c3 ^ k1, p0 & LOW
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & LOW, (k1 + np.uint64(0xBB67AE85)) & LOW
+    return np.float64((c0 << np.uint64(21)) | (c1 >> np.uint64(11))) / 9007199254740992.0
+
+
+@njit
+def _key(value):  # type: ignore
+    """Unsigned order of the bits = order of the floats; -0 counts as 0."""
+    bits = np.int64(bits_of_float(value + np.float32(0.0)))
+    return (~bits & 0xFFFFFFFF) if bits >= 0x80000000 else (bits | 0x80000000)
+
+
+@njit
+def _border(logits, weights, ids, n, by_mass, wanted, counts, mass):  # type: ignore
+    """The key at the border and how many of the ids with exactly that key are inside.
+
+    Inside are the largest: `wanted` of them, or as many as it takes for their mass to reach `wanted`."""
+    prefix, taken, digit = np.int64(0), 0.0, np.int64(0)
+    for level in range(3):
+        shift, bits = (21, 11) if level == 0 else ((10, 11) if level == 1 else (0, 10))
+        counts[:], mass[:] = 0, 0.0
+        for i in range(n):
+            key = _key(logits[ids[i]])
+            if key >> (shift + bits) == prefix:
+                at = (key >> shift) & ((1 << bits) - 1)
+                counts[at] += 1
+                mass[at] += weights[ids[i]]
+        digit, last = np.int64((1 << bits) - 1), np.int64(0)
+        while digit >= 0:
+            if counts[digit] > 0:
+                last = digit
+                amount = mass[digit] if by_mass else float(counts[digit])
+                if taken + amount >= wanted:
+                    break
+                taken += amount
+            digit -= 1
+        if digit < 0:  # rounding left the sum short: the smallest one is the border
+            digit = last
+            taken -= mass[digit] if by_mass else float(counts[digit])
+        prefix = (prefix << bits) | digit
+    each = mass[digit] / counts[digit] if by_mass else 1.0
+    ties = 1
+    while ties < counts[digit] and taken + ties * each < wanted:
+        ties += 1
+    return prefix, ties
+
+
+@njit
+def _narrow(logits, weights, ids, n, by_mass, wanted, counts, mass):  # type: ignore
+    """Keep the inside in place; returns how many."""
+    border, ties = _border(logits, weights, ids, n, by_mass, wanted, counts, mass)
+    kept = 0
+    for i in range(n):
+        key = _key(logits[ids[i]])
+        if key > border or (key == border and ties > 0):
+            if key == border:
+                ties -= 1
+            ids[kept] = ids[i]
+            kept += 1
+    return kept
+
+
+@njit
+def _draw_all(weights, V, u):  # type: ignore
+    """The id at which the running sum passes u * total, over the whole vocabulary."""
+    blocks = (V + BLOCK - 1) // BLOCK
+    sums = np.empty(blocks, np.float64)
+    total = 0.0
+    for b in range(blocks):
+        part = 0.0
+        for i in range(b * BLOCK, min((b + 1) * BLOCK, V)):
+            part += weights[i]
+        sums[b] = part
+        total += part
+    target, running, last = u * total, 0.0, 0
+    for b in range(blocks):
+        if running + sums[b] > target or b == blocks - 1:
+            for i in range(b * BLOCK, min((b + 1) * BLOCK, V)):
+                running += weights[i]
+                if weights[i] > 0:
+                    last = i
+                    if running > target:
+                        return i
+        else:
+            running += sums[b]
+    return last
+
+
+@njit
+def _draw_some(weights, ids, n, u):  # type: ignore
+    total = 0.0
+    for i in range(n):
+        total += weights[ids[i]]
+    target, running = u * total, 0.0
+    for i in range(n):
+        running += weights[ids[i]]
+        if running > target:
+            return ids[i]
+    return ids[n - 1]
+
+
+@njit
+def _penalise(row, s, logits, out):  # type: ignore
+    """A copy with penalties in `out`; returns False (and no copy) where there is nothing to do."""
+    S = row[2]
+    first, last = i32_at(row[13], S + 1)[s], i32_at(row[13], S + 1)[s + 1]
+    repetition, presence, frequency = f32_at(row[8], S)[s], f32_at(row[9], S)[s], f32_at(row[10], S)[s]
+    if first == last or (repetition == 1.0 and presence == 0.0 and frequency == 0.0):
+        return False
+    out[:] = logits
+    ids, prompt, count = i32_at(row[14], last), u8_at(row[15], last), i32_at(row[16], last)
+    for i in range(first, last):
+        value = out[ids[i]]
+        if prompt[i] != 0 or count[i] > 0:
+            value = value / repetition if value > 0 else value * repetition
+        value -= frequency * np.float32(count[i])
+        if count[i] > 0:
+            value -= presence
+        out[ids[i]] = value
+    return True
+
+
+@njit
+def _first_of(logits, V, value):  # type: ignore
+    for i in range(V):
+        if logits[i] == value:
+            return np.int32(i)
+    return np.int32(0)
+
+
+@njit
+def _choose(row, s, logits, at, V, w_at, ids, counts, mass):  # type: ignore
+    """The id of row s from penalised logits (an array and its address)."""
+    S = row[2]
+    temperature, top_k, top_p, min_p = f32_at(row[4], S)[s], i32_at(row[5], S)[s], f32_at(row[6], S)[s], f32_at(row[7], S)[s]
+    top = maximum(at, V)
+    if temperature <= 0:
+        return _first_of(logits, V, top)
+    weights = f32_at(w_at, V)
+    factor = np.float32(1.0) / temperature
+    exp_sum(at, w_at, V, factor, -top * factor)
+    u = uniform(u64_at(row[11], S)[s], u64_at(row[12], S)[s])
+    if top_p >= 1.0 and min_p <= 0.0 and (top_k <= 0 or top_k >= V):
+        return np.int32(_draw_all(weights, V, u))
+    n = 0
+    for i in range(V):
+        ids[n] = i
+        n += 1 if weights[i] >= min_p else 0
+    if top_k > 0 and top_k < n:
+        n = _narrow(logits, weights, ids, n, False, float(top_k), counts, mass)
+    if top_p < 1.0:
+        total = 0.0
+        for i in range(n):
+            total += weights[ids[i]]
+        n = _narrow(logits, weights, ids, n, True, float(top_p) * total, counts, mass)
+    return np.int32(_draw_some(weights, ids, n, u))
+
+
+@njit
+def _largest(logits, V, N, out_ids, out_values, lse):  # type: ignore
+    """The N largest logits, best first, lowest id first among equals, as log-probabilities."""
+    n = 0
+    for i in range(V):
+        value = logits[i]
+        if n == N and not value > out_values[N - 1]:
+            continue
+        at = n if n < N else N - 1
+        n = min(n + 1, N)
+        while at > 0 and out_values[at - 1] < value:
+            out_values[at], out_ids[at] = out_values[at - 1], out_ids[at - 1]
+            at -= 1
+        out_values[at], out_ids[at] = value, i
+    for i in range(N):
+        out_values[i] = np.float32(out_values[i] - lse)
+
+
+@njit
+def _sample_row(row, s, work):  # type: ignore
+    S, V, N = row[2], row[3], row[20]
+    at, w_at, l_at = row[1] + s * V * 4, work, work + V * 4
+    ids = i32_at(l_at + V * 4, V)
+    bins = (l_at + V * 8 + 63) // 64 * 64
+    counts, mass = i64_at(bins, BINS), f64_at(bins + BINS * 8, BINS)
+    logits, adjusted = f32_at(at, V), f32_at(l_at, V)
+    top = maximum(at, V)
+    lse = np.float64(top) + log(np.float64(exp_sum(at, w_at, V, np.float32(1.0), -top)))
+    if N > 0:
+        _largest(logits, V, N, i32_at(row[18] + s * N * 4, N), f32_at(row[19] + s * N * 4, N), lse)
+    if _penalise(row, s, logits, adjusted):
+        chosen = _choose(row, s, adjusted, l_at, V, w_at, ids, counts, mass)
+    else:
+        chosen = _choose(row, s, logits, at, V, w_at, ids, counts, mass)
+    i32_at(row[17], S)[s] = chosen
+    f32_at(row[21], S)[s] = np.float32(logits[chosen] - lse)
+
+
+@njit(parallel=True)
+def _rows(row, works, work_bytes, threads):  # type: ignore
+    S = row[2]
+    for worker in prange(threads):
+        for s in range(worker, S, threads):
+            _sample_row(row, s, works + worker * work_bytes)
+
+
+@cfunc(OP, cache=True)
+def sample(address):  # type: ignore
+    """row: 1 logits, 2 S, 3 V, 4 temperature, 5 top_k, 6 top_p, 7 min_p, 8 repetition, 9 presence, 10 frequency, 11 seed,
+    12 position, 13 row_ptr, 14 token ids, 15 in_prompt, 16 output count, 17 ids out, 18 top ids, 19 top logprobs, 20 N,
+    21 logprobs out, 22 scratch, 23 bytes per worker, 24 threads."""
+    row = i64_at(address, ROW_WIDTH)
+    if row[2] == 1 or row[24] == 1:
+        for s in range(row[2]):
+            _sample_row(row, s, row[22])
+    else:
+        _rows(row, row[22], row[23], row[24])
+    return 0

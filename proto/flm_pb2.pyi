@@ -371,6 +371,14 @@ class RestartReplicaResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ShutdownRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ShutdownResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WatchEventsRequest(_message.Message):
     __slots__ = ("replay",)
     REPLAY_FIELD_NUMBER: _ClassVar[int]

@@ -362,6 +362,11 @@ class AdminStub:
                 request_serializer=flm_dot_proto_dot_flm__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=flm_dot_proto_dot_flm__pb2.Event.FromString,
                 _registered_method=True)
+        self.Shutdown = channel.unary_unary(
+                '/flm.v1.Admin/Shutdown',
+                request_serializer=flm_dot_proto_dot_flm__pb2.ShutdownRequest.SerializeToString,
+                response_deserializer=flm_dot_proto_dot_flm__pb2.ShutdownResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -405,6 +410,12 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Shutdown(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -437,6 +448,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=flm_dot_proto_dot_flm__pb2.WatchEventsRequest.FromString,
                     response_serializer=flm_dot_proto_dot_flm__pb2.Event.SerializeToString,
+            ),
+            'Shutdown': grpc.unary_unary_rpc_method_handler(
+                    servicer.Shutdown,
+                    request_deserializer=flm_dot_proto_dot_flm__pb2.ShutdownRequest.FromString,
+                    response_serializer=flm_dot_proto_dot_flm__pb2.ShutdownResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -603,6 +619,33 @@ class Admin:
             '/flm.v1.Admin/WatchEvents',
             flm_dot_proto_dot_flm__pb2.WatchEventsRequest.SerializeToString,
             flm_dot_proto_dot_flm__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Shutdown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/flm.v1.Admin/Shutdown',
+            flm_dot_proto_dot_flm__pb2.ShutdownRequest.SerializeToString,
+            flm_dot_proto_dot_flm__pb2.ShutdownResponse.FromString,
             options,
             channel_credentials,
             insecure,

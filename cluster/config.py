@@ -152,7 +152,6 @@ class ModelSection(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1  # planned with, not served yet: see refuse_unserved
-    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     replicas: Annotated[Replicas, BeforeValidator(_replicas), JsonSchema(_REPLICAS_SCHEMA)] = Replicas(
         start=1, min=0, max=MAX_REPLICAS
     )

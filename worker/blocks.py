@@ -110,10 +110,11 @@ class BlockPool:
             self._digest_of[block] = digest
 
     def forget(self) -> None:
-        """Drop everything cached: the KV memory behind it is gone. No block may be referenced."""
-        assert self.available == self.num_blocks, "forget() while blocks are referenced"
-        while self._idle:
-            self._free.append(self._evict())
+        """Make nothing findable any more: the KV memory behind the cache is gone."""
+        self._free += self._idle
+        self._idle.clear()
+        self._block_of.clear()
+        self._digest_of = [None] * self.num_blocks
 
     def _evict(self) -> int:
         block = next(iter(self._idle))

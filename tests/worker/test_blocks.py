@@ -140,12 +140,16 @@ def test_same_block_computed_twice_is_found_once() -> None:
     pool.check([])
 
 
-def test_forget_drops_the_cache() -> None:
-    pool = BlockPool(4, SIZE)
+def test_forget_drops_the_cache_whoever_uses_it() -> None:
+    pool = BlockPool(8, SIZE)
     computed(pool, list(range(9))).release()
+    used = computed(pool, list(range(50, 59)))
     pool.forget()
-    assert (pool.free, pool.cached) == (4, 0)
-    assert BlockTable(pool).open(list(range(9))) == 0
+    assert (pool.free, pool.cached) == (5, 0)
+    assert [BlockTable(pool).open([*range(start, start + 4), 1]) for start in (0, 50)] == [0, 0]
+    used.release()
+    assert pool.cached == 0
+    pool.check()
 
 
 def test_check_finds_leaks_and_double_releases() -> None:

@@ -81,7 +81,13 @@ def main() -> None:
         if len(tokens) >= FEWEST:
             text = tokenizer.decode(tokens, skip_special=False)
             kept.append(
-                {"prompt": prompt, "prompt_ids": ids, "continuation": tokens, "text": text, "margins": margins}
+                {
+                    "prompt": prompt,
+                    "prompt_ids": ids,
+                    "continuation": tokens,
+                    "text": text,
+                    "margins": margins,
+                }
             )
         if len(kept) == WANTED:
             break

@@ -135,7 +135,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "key": (header(3, 0, 1, struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)), "not UTF-8"),
     "dimensions": (header(3, 1, 0, tensor("w", [1] * 5, 0)), "'w': 1 to 4 dimensions expected, found 5"),
     "unknown type": (header(3, 1, 0, tensor("w", [32, 2], 77)), "'w' has GGML type number 77, which is not"),
-    "other type": (header(3, 1, 0, tensor("w", [256, 2], 23)), "GGML type IQ4_XS, which is not supported; supp"),
+    "other type": (
+        header(3, 1, 0, tensor("w", [256, 2], 23)),
+        "GGML type IQ4_XS, which is not supported; supp",
+    ),
     "odd row": (header(3, 1, 0, tensor("w", [40, 2], 8)), "Q8_0 needs rows of a multiple of 32"),
     "no rows": (header(3, 1, 0, tensor("w", [32, 0], 0)), "found shape [0, 32]"),
     "beyond": (header(3, 1, 0, tensor("w", [4, 2], 0, 64)), "truncated: tensor 'w' ends at byte"),

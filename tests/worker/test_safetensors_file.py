@@ -64,7 +64,9 @@ def test_bfloat16_and_float8_come_as_bits_wherever_the_data_begins(tmp_path: Pat
     }
     raw = json.dumps(header).encode()
     for padding in range(4):  # tensors need not be aligned
-        path = write(tmp_path / f"{padding}.safetensors", raw + b" " * padding, bits.tobytes() + bytes(range(5)))
+        path = write(
+            tmp_path / f"{padding}.safetensors", raw + b" " * padding, bits.tobytes() + bytes(range(5))
+        )
         file = SafetensorsFile(path)
         np.testing.assert_array_equal(file.read("w"), bits)
         np.testing.assert_array_equal(file.read("q"), np.arange(5))
@@ -118,7 +120,9 @@ def test_broken_headers(tmp_path: Path, case: str) -> None:
 def test_an_absurd_header_length_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
-    with pytest.raises(CheckpointError, match="not a safetensors file: a header of 9223372036854775808 bytes"):
+    with pytest.raises(
+        CheckpointError, match="not a safetensors file: a header of 9223372036854775808 bytes"
+    ):
         SafetensorsFile(path)
 
 
@@ -152,7 +156,10 @@ def edited(change: Callable[[dict[str, str]], Any]) -> Callable[[Path], None]:
 
 BROKEN_INDEX: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absent file": (edited(lambda m: m.update({"model.norm.weight": "c.safetensors"})), "'c.safetensors'"),
-    "another folder": (edited(lambda m: m.update({"model.norm.weight": "../c.safetensors"})), "a file beside it"),
+    "another folder": (
+        edited(lambda m: m.update({"model.norm.weight": "../c.safetensors"})),
+        "a file beside it",
+    ),
     "tensor not there": (edited(lambda m: m.update({"x": "a.safetensors"})), "does not hold it"),
     "file not text": (edited(lambda m: m.update({"x": 1})), "name of a file beside it, found 1"),
     "bad json": (lambda d: (d / INDEX_NAME).write_text("{"), "weight_map"),

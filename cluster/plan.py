@@ -41,6 +41,7 @@ class ModelPlan:
     """One model. KV figures are those of each rank: a token's KV is spread over the ranks of a replica."""
 
     name: str
+    architecture: str
     parameters: int
     precision: str
     replicas: int
@@ -173,6 +174,7 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
     precision = shapes.precision if demand.quantization == "auto" else demand.quantization
     plan = ModelPlan(
         name=demand.name,
+        architecture=shapes.config.family,
         parameters=shapes.parameters,
         precision=precision,
         replicas=demand.replicas,

@@ -10,14 +10,25 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flm.worker.errors import InvalidRequest, NotFound
 
-DESIRED, ENDPOINT = "desired.json", "endpoint.json"
+DESIRED, ENDPOINT, STARTS = "desired.json", "endpoint.json", "starts.json"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the plan learnt of a model's checkpoint."""
+
+    rank_memory: int  # bytes of the largest rank
+    max_context: int  # tokens
+    architecture: str = ""
+    precision: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class Desired:
     text: str
     file: str  # where the text came from; relative paths start there
     replicas: Mapping[str, int]
-    rank_memory: Mapping[str, int] = field(default_factory=dict)  # planned bytes of one rank, by model
+    facts: Mapping[str, ModelFacts]
 
     def scaled(self, model: str, replicas: int) -> Desired:
         return replace(self, replicas={**self.replicas, model: replicas})
@@ -85,9 +96,22 @@ def save_desired(folder: Path, desired: Desired) -> None:
 def load_desired(folder: Path) -> Desired | None:
     """The saved state, or None where nothing was saved yet."""
     try:
-        return Desired(**json.loads((folder / DESIRED).read_text(encoding="utf-8")))
+        data = json.loads((folder / DESIRED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    facts = {name: ModelFacts(**fields) for name, fields in data.pop("facts").items()}
+    return Desired(**data, facts=facts)
+
+
+def count_start(folder: Path) -> tuple[int, float]:
+    """To be called when a controller starts: how many started before it, and when the first did (seconds since the
+    epoch)."""
+    try:
+        saved = json.loads((folder / STARTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        saved = {"count": 0, "first": time.time()}
+    write_atomic(folder / STARTS, {**saved, "count": saved["count"] + 1})
+    return saved["count"], saved["first"]
 
 
 def save_endpoint(endpoint: Endpoint) -> None:

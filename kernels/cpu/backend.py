@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
-from flm.kernels.cpu import opcodes
-from flm.kernels.cpu.configure import load_program
+from flm.kernels.cpu.configure import load_kernels
 from flm.kernels.cpu.graph import CpuGraph, raise_status
+from flm.kernels.cpu.opcodes import ROW_WIDTH
 from flm.kernels.cpu.pack import FORMS, CpuMatrix, aligned, pack
 from flm.kernels.errors import DTypeError, KernelError, ShapeError
 from flm.kernels.group import Group
@@ -89,9 +89,10 @@ class CpuBackend:
 
     def __init__(self, threads: int = 1) -> None:
         self.threads = threads
-        self._run = load_program(threads)
+        kernels = load_kernels(threads)
+        self._run, self._ops, self._leaves = kernels.run, kernels.ops, kernels.leaves
         self._graph: CpuGraph | None = None
-        self._row = np.zeros((1, opcodes.ROW_WIDTH), np.int64)
+        self._row = np.zeros((1, ROW_WIDTH), np.int64)
         self._area = aligned((1 << 16,), np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
@@ -120,7 +121,7 @@ class CpuBackend:
     def capture(self) -> Iterator[CpuGraph]:
         if self._graph is not None:
             raise KernelError("capture() inside capture()")
-        self._graph = graph = CpuGraph(self._run, self.threads)
+        self._graph = graph = CpuGraph(self._run)
         try:
             yield graph
         finally:
@@ -131,7 +132,7 @@ class CpuBackend:
             self._graph.add(row, keep)
             return
         self._row[0, : len(row)] = row
-        status = self._run(self._row, self.threads)
+        status = self._run(self._row)
         if status:
             raise_status(status & 255, int(self._row[0, 3]), keep[-1])
 
@@ -150,8 +151,14 @@ class CpuBackend:
         groups = -(-K // weight.group) if weight.group else 0
         area = (min(max(T, 1), CHUNK) * 256 + CHUNK * 256 + weight.group * 256 + 64) // 64 * 64
         scratch = self._scratch(64 + area * self.threads + T * groups * 4 * (weight.group + 1) + 64)
-        row = [opcodes.LINEAR, *self._weight(weight, x, T), out, bias, int(accumulate), address(scratch), area, self.threads]
+        row = [self._ops["linear"], *self._weight(weight, x, T), out, bias, int(accumulate), address(scratch), area, self.threads]
+        row += self._weight_leaves(weight.form)
         self._emit(row, x_TK, weight, out_TN, bias_N, scratch)
+
+    def _weight_leaves(self, form: str) -> list[int]:
+        if form in ("int4", "int8"):
+            return [self._leaves[name] for name in (f"affine_{form}", f"convert_{form}", "affine_tile")]
+        return [self._leaves[f"plain_{form}"], 0, 0]
 
     @staticmethod
     def _weight(weight: CpuMatrix, rows: int, count: int) -> list[int]:
@@ -165,7 +172,7 @@ class CpuBackend:
     def embedding(self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
         T = columns("ids", ids_T, 1)[0]
         ids, out = check("ids", ids_T, (T,), I32), check("out", out_TE, (T, weight.shape[1]))
-        self._emit([opcodes.EMBEDDING, *self._weight(weight, ids, T), out, first_row], weight, ids_T, out_TE)
+        self._emit([self._ops["embedding"], *self._weight(weight, ids, T), out, first_row], weight, ids_T, out_TE)
 
     def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
         self._norm(x_TE, None, weight_E, eps, out_TE)
@@ -177,13 +184,13 @@ class CpuBackend:
         T, E = columns("x", x_TE)
         x, out, weight = check("x", x_TE, (T, E)), check("out", out_TE, (T, E)), check("weight", weight_E, (E,))
         delta = 0 if delta_TE is None else check("delta", delta_TE, (T, E))
-        row = [opcodes.NORM, x, delta, T, E, weight, float_bits(eps), out]
+        row = [self._ops["norm"], x, delta, T, E, weight, float_bits(eps), out]
         self._emit(row, x_TE, delta_TE, weight_E, out_TE)
 
     def silu_mul(self, gate_up_T2F: Array, out_TF: Array) -> None:
         T, F = columns("out", out_TF)
         gate_up, out = check("gate_up", gate_up_T2F, (T, 2 * F)), check("out", out_TF, (T, F))
-        self._emit([opcodes.SILU_MUL, gate_up, out, T, F], gate_up_T2F, out_TF)
+        self._emit([self._ops["silu_mul"], gate_up, out, T, F], gate_up_T2F, out_TF)
 
     def rope_kv_write(
         self, qkv_TC: Array, positions_T: Array, slots_T: Array, cos_PR: Array, sin_PR: Array, cache: CpuCache, q_out_THD: Array
@@ -196,7 +203,7 @@ class CpuBackend:
         positions, slots = check("positions", positions_T, (T,), I32), check("slots", slots_T, (T,), I32)
         cos, sin = check("cos", cos_PR, (P, R)), check("sin", sin_PR, (P, R))
         half, scratch = int(cache.k.dtype == np.float16), self._scratch(T * D * 4)
-        row = [opcodes.ROPE_KV_WRITE, qkv, T, positions, slots, H, J, D, R, cache.v.shape[3], bs, half, cos, sin]
+        row = [self._ops["rope_kv_write"], qkv, T, positions, slots, H, J, D, R, cache.v.shape[3], bs, half, cos, sin]
         row += [address(cache.k), address(cache.v), q_out, address(scratch)]
         self._emit(row, qkv_TC, positions_T, slots_T, cos_PR, sin_PR, cache, q_out_THD, scratch)
 
@@ -217,17 +224,17 @@ class CpuBackend:
         index, positions = check("seq_index", seq_index_T, (T,), I32), check("positions", positions_T, (T,), I32)
         heads = -(-H // J)
         tile = max(1, min(TILE_ROWS // heads, -(-T * J // (4 * self.threads))))
-        area = (tile * heads * (4 * (D + Dp + B * bs) + 8) + 192) // 64 * 64
+        area = (tile * heads * (4 * (D + Dp + 1 + B * bs) + 8) + 192) // 64 * 64
         scratch = self._scratch(64 + area * self.threads)
-        row = [opcodes.PAGED_ATTENTION, q, T, index, positions, H, J, D, Dp, bs, int(cache.k.dtype == np.float16)]
+        row = [self._ops["paged_attention"], q, T, index, positions, H, J, D, Dp, bs, int(cache.k.dtype == np.float16)]
         row += [address(cache.k), address(cache.v), out, tables, B, S, float_bits(scale), tile, address(scratch), area]
         keep = (q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, scratch)
-        self._emit([*row, self.threads], *keep)
+        self._emit([*row, self.threads, self._leaves[f"plain_{cache.k.dtype.name}"]], *keep)
 
     def take_rows(self, x_TE: Array, rows_S: Array, out_SE: Array) -> None:
         (T, E), S = columns("x", x_TE), columns("rows", rows_S, 1)[0]
         x, rows, out = check("x", x_TE, (T, E)), check("rows", rows_S, (S,), I32), check("out", out_SE, (S, E))
-        self._emit([opcodes.TAKE_ROWS, x, rows, S, E, out], x_TE, rows_S, out_SE)
+        self._emit([self._ops["take_rows"], x, rows, S, E, out], x_TE, rows_S, out_SE)
 
     def sample(
         self,
@@ -247,19 +254,19 @@ class CpuBackend:
         lists = [address(a) for a in (batch.token_ids, batch.in_prompt, batch.output_count)]
         area = (V * 12 + 2048 * 16 + 192) // 64 * 64
         scratch = self._scratch(area * self.threads)
-        row = [opcodes.SAMPLE, check("logits", logits_SV, (S, V)), S, V, *parameters]
+        row = [self._ops["sample"], check("logits", logits_SV, (S, V)), S, V, *parameters]
         row += [check("row_ptr", batch.row_ptr, (S + 1,), I32), *lists, check("ids", ids_S, (S,), I32), *tops, N]
         row += [check("logprobs", logprobs_S, (S,)), address(scratch), area, self.threads]
         self._emit(row, logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_logprobs_SN, scratch)
 
-    def _collective(self, op: int, group: Group, array: Array | None, extra: list[int], *keep: Any) -> None:
-        row = [op, address(array), address(group.buffer), 0, group.rank, group.size, group.slot_bytes]
+    def _collective(self, op: str, group: Group, array: Array | None, extra: list[int], *keep: Any) -> None:
+        row = [self._ops[op], address(array), address(group.buffer), 0, group.rank, group.size, group.slot_bytes]
         row += [int(group.timeout * 1e9), int(time.CLOCK_MONOTONIC), *extra]
         self._emit(row, array, *keep, group)
 
     def all_reduce(self, group: Group, x: Array) -> None:
         check("x", x, x.shape)
-        self._collective(opcodes.ALL_REDUCE, group, x, [x.size])
+        self._collective("all_reduce", group, x, [x.size])
 
     def all_gather_cols(self, group: Group, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
         if len(widths) != group.size:
@@ -268,14 +275,14 @@ class CpuBackend:
         check("x", x_SN, (S, widths[group.rank]))
         out = check("out", out_SN, (S, sum(widths)))
         table = np.array(widths, np.int64)
-        self._collective(opcodes.ALL_GATHER, group, x_SN, [S, out, sum(widths), address(table)], out_SN, table)
+        self._collective("all_gather_cols", group, x_SN, [S, out, sum(widths), address(table)], out_SN, table)
 
     def broadcast(self, group: Group, x: Array, root: int = 0) -> None:
         check("x", x, x.shape, x.dtype)
-        self._collective(opcodes.BROADCAST, group, x, [x.nbytes, root])
+        self._collective("broadcast", group, x, [x.nbytes, root])
 
     def barrier(self, group: Group) -> None:
-        self._collective(opcodes.BARRIER, group, None, [])
+        self._collective("barrier", group, None, [])
 
 
 PARAMETERS = (
@@ -291,4 +298,4 @@ def check_parameter(batch: SamplingBatch, name: str, dtype: np.dtype[Any], rows:
 
 def warm(threads: int) -> None:
     """Compile the kernels, or load them from the cache; takes up to a minute once per machine and version."""
-    load_program(threads)
+    load_kernels(threads)

@@ -104,6 +104,17 @@ def _exchange(row, source, count):  # type: ignore
     return _arrive_and_wait(row), epoch
 
 
+@njit
+def _scatter(source, start, count, width, out, columns, first):  # type: ignore
+    """Elements start .. start + count of a rank's [S, width] to their places in out [S, columns]."""
+    i = 0
+    while i < count:
+        s, c = (start + i) // width, (start + i) % width
+        n = min(width - c, count - i)
+        _copy(source + i * 4, out + (s * columns + first + c) * 4, n * 4)
+        i += n
+
+
 @cfunc(OP, cache=True)
 def all_reduce(address):  # type: ignore
     """row: 9 floats."""
@@ -166,14 +177,3 @@ def all_gather_cols(address):  # type: ignore
             _scatter(_slot(row, r, epoch), start, count, widths[r], row[10], row[11], first)
             first += widths[r]
     return OK
-
-
-@njit
-def _scatter(source, start, count, width, out, columns, first):  # type: ignore
-    """Elements start .. start + count of a rank's [S, width] to their places in out [S, columns]."""
-    i = 0
-    while i < count:
-        s, c = (start + i) // width, (start + i) % width
-        n = min(width - c, count - i)
-        _copy(source + i * 4, out + (s * columns + first + c) * 4, n * 4)
-        i += n

@@ -1,4 +1,4 @@
-"""Bring numba up with OpenMP and a cache that a change of the kernels empties; load or compile the program function."""
+"""Bring numba up with OpenMP and a cache that a change of the kernels empties; load or compile the kernels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flm.kernels.errors import KernelError, OpenMPMissing
 
 _LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """run: a program [rows, ROW_WIDTH] to its status. ops, leaves: addresses of the compiled functions by name."""
+
+    run: Callable[[NDArray[np.int64]], int]
+    ops: dict[str, int]
+    leaves: dict[str, int]
 
 
 def cache_directory() -> Path:
@@ -24,12 +37,12 @@ def cache_directory() -> Path:
 
 
 def is_cached() -> bool:
-    """Whether some machine compiled this version into the cache before (then loading takes a moment, not a minute)."""
-    return any(cache_directory().glob("**/*.nbc"))
+    """Whether this version was compiled into the cache before; loading then takes a moment, else about half a minute."""
+    return any(cache_directory().glob("**/run_program*.nbc")) or any(cache_directory().glob("**/*run_program*.nbc"))
 
 
-def load_program(threads: int) -> Callable[[Any, int], int]:
-    """run_program, ready for `threads` threads. Raises OpenMPMissing, or KernelError if numba already runs with fewer."""
+def load_kernels(threads: int) -> Kernels:
+    """The kernels, for `threads` threads. Raises OpenMPMissing, or KernelError if numba already runs with fewer."""
     import numba
 
     with _LOCK:
@@ -41,11 +54,19 @@ def load_program(threads: int) -> Callable[[Any, int], int]:
         _require_openmp(numba)
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
         try:
-            from flm.kernels.cpu.program import run_program
+            from flm.kernels.cpu import attention, collective, elementwise, leaves, linear, program, sampling
         finally:
             numba.config.CACHE_DIR = before
-    run: Callable[[Any, int], int] = run_program
-    return run
+    ops = [linear.linear, linear.embedding, elementwise.norm, elementwise.silu_mul, elementwise.rope_kv_write]
+    ops += [elementwise.take_rows, attention.paged_attention, sampling.sample, collective.all_reduce]
+    ops += [collective.all_gather_cols, collective.broadcast, collective.barrier]
+    run_program: Any = program.run_program
+
+    def run(rows: NDArray[np.int64]) -> int:
+        numba.set_num_threads(threads)  # per calling thread
+        return int(run_program(rows.ctypes.data, len(rows)))
+
+    return Kernels(run, {op.__name__: op.address for op in ops}, {leaf.__name__: leaf.address for leaf in leaves.LEAVES})
 
 
 def _launched() -> bool:

@@ -97,3 +97,8 @@ def plain_bfloat16(T, lanes, w, w_stride, x, x_stride, k, out, out_stride):  # t
         n = min(T, MAX_TOKENS)
         plain(BFLOAT16, n, lanes, w, w_stride, x, x_stride, k, out, out_stride)
         T, x, out = T - n, x + n * x_stride, out + n * out_stride
+
+
+LEAVES = (
+    affine_int4, affine_int8, affine_tile, convert_int4, convert_int8, plain_float32, plain_float16, plain_bfloat16,
+)  # fmt: skip

@@ -157,20 +157,10 @@ def linear(address):  # type: ignore
     return 0
 
 
-@cfunc(OP, cache=True)
-def embedding(address):  # type: ignore
-    """row: 1 form, 2 ids, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 first row."""
-    row = i64_at(address, ROW_WIDTH)
-    form, T, K, N, group, G, half = row[1], row[3], row[4], row[6], row[7], row[8], row[11]
-    ids = i32_at(row[2], T)
-    for t in range(T):
-        out = f32_at(row[12] + t * K * 4, K)
-        n = ids[t] - row[13]
-        if n < 0 or n >= N:
-            out[:] = 0.0
-        else:
-            _gather(form, out, n // 64, n % 64, K, group, G, half, row[5], row[9], row[10])
-    return 0
+@njit
+def _bfloat(address):  # type: ignore
+    pair = u8_at(address, 2)
+    return float(float_of_bits((np.int64(pair[0]) | np.int64(pair[1]) << 8) << 16))
 
 
 @njit
@@ -197,7 +187,17 @@ def _gather(form, out, panel, lane, K, group, G, half, codes, scales, offsets): 
                 out[k] += load_half(offsets + at * 2) if half != 0 else f32_at(offsets + at * 4, 1)[0]
 
 
-@njit
-def _bfloat(address):  # type: ignore
-    pair = u8_at(address, 2)
-    return float(float_of_bits((np.int64(pair[0]) | np.int64(pair[1]) << 8) << 16))
+@cfunc(OP, cache=True)
+def embedding(address):  # type: ignore
+    """row: 1 form, 2 ids, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 first row."""
+    row = i64_at(address, ROW_WIDTH)
+    form, T, K, N, group, G, half = row[1], row[3], row[4], row[6], row[7], row[8], row[11]
+    ids = i32_at(row[2], T)
+    for t in range(T):
+        out = f32_at(row[12] + t * K * 4, K)
+        n = ids[t] - row[13]
+        if n < 0 or n >= N:
+            out[:] = 0.0
+        else:
+            _gather(form, out, n // 64, n % 64, K, group, G, half, row[5], row[9], row[10])
+    return 0

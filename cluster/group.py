@@ -48,10 +48,10 @@ class ReplicaGroup:
 
     def __post_init__(self) -> None:
         self.missed, self.answered, self.advanced = 0, self.created, self.created
-        self.idle_looks, self._next_report = 0, 0.0
+        self.idle_looks, self._next_report, self.announced = 0, 0.0, False
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._channel: grpc.aio.Channel | None = None
-        self.ended: asyncio.Task[None] | None = None  # set by the controller while it ends the group
+        self.ending: asyncio.Task[None] | None = None  # set by the controller while it ends the group
 
     @property
     def replica_id(self) -> str:
@@ -112,7 +112,7 @@ class ReplicaGroup:
 
     async def _watch_end(self, link: RankLink) -> None:
         reason = await link.ended()
-        if not self.fault and self.ended is None:
+        if not self.fault and self.ending is None:
             self.fault = f"rank {link.rank} {reason or 'stopped by itself'}"
             self.wake()
 

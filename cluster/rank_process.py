@@ -18,7 +18,9 @@ from flm.worker.rank import GroupSpec
 
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 600.0  # for the slowest rank to load; a rank that dies meanwhile ends the whole group at once
+CONNECT_SECONDS = (
+    600.0  # for the slowest rank to load; a rank that dies meanwhile ends the whole group at once
+)
 LOOK = 0.1  # seconds between looks at the leader's state
 
 
@@ -77,7 +79,9 @@ class RankProcess:
         return reason
 
     async def _serve(self) -> None:
-        served = self._served = self._served or await asyncio.to_thread(_real_rank, self.spec, self.rank)
+        if self._served is None:
+            self._served = await asyncio.to_thread(_real_rank, self.spec, self.rank)
+        served = self._served
         self._phase = "loading"
         await asyncio.to_thread(served.load, self._progress)
         self._phase, self._fraction = "connecting", 1.0

@@ -45,6 +45,17 @@ class Desired:
 
 
 @dataclass(frozen=True)
+class ClusterSpec:
+    """What the controller and the gateway are started with, and started again by Ray."""
+
+    name: str
+    namespace: str
+    folder: str  # of the controller's state
+    run_root: str  # ranks keep sockets and shared memory below it, each on its node
+    desired: Desired
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """How to reach a running cluster, and what `down` has to end. Readable by its owner only: it holds keys."""
 

@@ -1,0 +1,290 @@
+"""Everything that touches Ray: the head, the actors, and finding, starting and ending them.
+
+Ray places processes, tells of their deaths and restarts the controller and the gateway. No token passes through it.
+All actors are detached and named within the cluster's namespace: whoever started them may die. Ranks are never restarted
+by Ray, for a group lives and dies as one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flm.cluster.placement import RANKS_PER_CORE, Node
+from flm.cluster.rank_process import RankProcess, sigkill
+from flm.cluster.ranks import Adopted, RankReport
+from flm.cluster.router import ReplicaRoute
+from flm.cluster.state import ClusterSpec
+from flm.worker.rank import GroupSpec
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+CONTROLLER, GATEWAY, RANK = "controller", "gateway", "rank"
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's way to say: listen on 127.0.0.1
+OBJECT_STORE = 80_000_000  # bytes, about Ray's least; nothing of ours goes through it
+KILL_GRACE = 0.5  # seconds for Ray's own way of killing before ours
+
+
+# ---------------------------------------------------------------------------------------------------- the head
+def start_head(port: int, folder: str, cpus: int) -> None:
+    """Start a Ray head on 127.0.0.1:`port` with its files below `folder`; returns once it runs, on its own.
+
+    `ray start` would bring a dashboard, a log monitor and a client server along, a second of starting and 100 MB
+    each; this starts Ray's node without them.
+    """
+    from ray._private.node import Node as RayNode
+    from ray._private.parameter import RayParams
+
+    class Head(RayNode):
+        def start_api_server(self, **_: Any) -> None:
+            self._webui_url = None
+
+    params = RayParams(
+        node_ip_address="127.0.0.1",
+        gcs_server_port=port,
+        temp_dir=folder,
+        include_dashboard=False,
+        include_log_monitor=False,
+        no_monitor=True,
+        num_cpus=cpus,
+        object_store_memory=OBJECT_STORE,
+    )
+    Head(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
+
+
+def connect(address: str, namespace: str) -> None:
+    """Join a running Ray cluster as a driver."""
+    ray.init(
+        address=address,
+        namespace=namespace,
+        log_to_driver=False,
+        configure_logging=False,
+        logging_level="ERROR",
+    )
+
+
+def start_cluster(spec: ClusterSpec) -> None:
+    """Create the controller and the gateway, in parallel. They outlive this process."""
+    _named(GatewayActor, GATEWAY, max_restarts=-1).remote(spec)
+    _named(ControllerActor, CONTROLLER, max_restarts=-1, max_task_retries=-1).remote(spec)
+
+
+def _named(actor: Any, name: str, **options: Any) -> Any:
+    return actor.options(name=name, lifetime="detached", num_cpus=options.pop("num_cpus", 0), **options)
+
+
+# ---------------------------------------------------------------------------------------------------- actors
+class LoopThread:
+    """An event loop on a thread of its own: it starts with the actor, be it the first time or after a crash."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name=name, daemon=True).start()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` for as long as the process lives: where it fails, the process ends and Ray starts another."""
+        asyncio.run_coroutine_threadsafe(self._guard(work), self.loop)
+
+    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except BaseException:
+            log.exception("giving up; Ray starts this process again")
+            logging.shutdown()
+            os._exit(1)
+
+
+@ray.remote
+class RankActor:
+    """One rank."""
+
+    def __init__(self, spec: GroupSpec, rank: int) -> None:
+        self._process = RankProcess(spec, rank, ray.util.get_node_ip_address())
+
+    async def identity(self) -> tuple[GroupSpec, str]:
+        return self._process.spec, ray.get_runtime_context().get_node_id()
+
+    async def ended(self) -> str:
+        return await self._process.ended()
+
+    async def report(self) -> RankReport:
+        return await self._process.report()
+
+    async def drain(self) -> None:
+        await self._process.drain()
+
+    async def stop(self) -> None:
+        await self._process.stop()
+
+
+@ray.remote
+class GatewayActor:
+    """The gateway. Serves on from its last routes while there is no controller."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        from flm.cluster.gateway_process import GatewayProcess
+
+        self._process = GatewayProcess(spec.desired)
+        self._thread = LoopThread("gateway")
+        self._thread.start(self._process.run())
+
+    async def incarnation(self) -> str:
+        return await self._thread.run(self._process.incarnation())
+
+    async def set_routes(self, model: str, routes: list[ReplicaRoute], wanted: int) -> None:
+        await self._thread.run(self._process.set_routes(model, routes, wanted))
+
+    async def stop(self, grace: float) -> None:
+        await self._thread.run(self._process.stop(grace))
+
+
+@ray.remote
+class ControllerActor:
+    """The controller with the Admin service."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        from flm.cluster.controller_process import run_controller
+
+        thread = LoopThread("controller")
+        gateway = RayGateway(spec.namespace)
+        thread.start(
+            run_controller(spec.desired, Path(spec.folder), Path(spec.run_root), RayHost(spec), gateway)
+        )
+
+    async def alive(self) -> bool:
+        return True
+
+
+# ------------------------------------------------------------------------------------------------ as the controller
+class RayRank:
+    """A RankLink."""
+
+    def __init__(self, rank: int, actor: Any) -> None:
+        self.rank, self._actor = rank, actor
+        self._end = actor.ended.remote()  # pending for as long as the rank lives: its death is an answer
+        self._began = time.time()
+
+    async def ended(self) -> str:
+        try:
+            return str(await self._end)
+        except ActorDiedError:
+            return "died"
+        except RayError as error:
+            return f"was lost: {type(error).__name__}"
+
+    async def report(self) -> RankReport:
+        report: RankReport = await self._actor.report.remote()
+        return report
+
+    async def drain(self) -> None:
+        await self._actor.drain.remote()
+
+    async def stop(self) -> None:
+        await self._actor.stop.remote()
+
+    async def kill(self, report: RankReport) -> None:
+        ray.kill(self._actor, no_restart=True)
+        done, _ = await asyncio.wait({asyncio.ensure_future(self.ended())}, timeout=KILL_GRACE)
+        if report.pid and report.node == os.uname().nodename:
+            # A stopped process does not take Ray's hint, and Ray may call an actor dead before its process is.
+            await asyncio.to_thread(sigkill, report.pid, time.time())
+        elif not done:
+            log.warning("rank %d may still run: Ray has not ended it yet", self.rank)
+
+
+class RayHost:
+    """A RankHost."""
+
+    def __init__(self, spec: ClusterSpec) -> None:
+        self._namespace = spec.namespace
+
+    async def nodes(self) -> list[Node]:
+        alive = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+        return [_node(node) for node in alive if node["Resources"].get("CPU", 0) >= 1]
+
+    def launch(self, spec: GroupSpec, rank: int, node: Node) -> RayRank:
+        options = {
+            "num_cpus": 1 / RANKS_PER_CORE,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            "max_restarts": 0,
+        }
+        name = f"{RANK}/{Path(spec.run_dir).name}/{rank}"
+        return RayRank(rank, _named(RankActor, name, **options).remote(spec, rank))
+
+    async def adopt(self) -> list[Adopted]:
+        names = await asyncio.to_thread(ray.util.list_named_actors)
+        actors = [_find(name, self._namespace) for name in names if name.startswith(f"{RANK}/")]
+        found: dict[str, Adopted] = {}
+        for rank, actor in [pair for pair in actors if pair is not None]:
+            try:
+                spec, node_id = await asyncio.wait_for(_answer(actor.identity.remote()), 5.0)
+            except (RayError, TimeoutError):
+                ray.kill(actor, no_restart=True)  # its group is not whole without it, and ends too
+                continue
+            group = found.setdefault(spec.run_dir, Adopted(spec, node_id))
+            group.links[rank] = RayRank(rank, actor)
+        return list(found.values())
+
+
+class RayGateway:
+    """A GatewayLink."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._actor: Any = None
+
+    async def incarnation(self) -> str:
+        return str(await self._call("incarnation"))
+
+    async def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int) -> None:
+        await self._call("set_routes", model, list(routes), wanted)
+
+    async def stop(self, grace: float) -> None:
+        await self._call("stop", grace)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        if self._actor is None:
+            self._actor = await asyncio.to_thread(ray.get_actor, GATEWAY, self._namespace)
+        try:
+            return await getattr(self._actor, method).remote(*arguments)
+        except ActorUnavailableError:
+            raise  # Ray is starting it again
+        except ActorDiedError:
+            self._actor = None
+            raise
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference
+
+
+def _find(name: str, namespace: str) -> tuple[int, Any] | None:
+    try:
+        return int(name.rpartition("/")[2]), ray.get_actor(name, namespace)
+    except ValueError:  # it died since it was listed
+        return None
+
+
+def _node(node: dict[str, Any]) -> Node:
+    resources = node["Resources"]
+    return Node(
+        node["NodeID"],
+        node["NodeManagerAddress"],
+        int(resources["CPU"]),
+        int(resources.get("memory", 0)),
+        int(resources.get("GPU", 0)),
+    )

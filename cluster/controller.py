@@ -1,0 +1,296 @@
+"""The controller: observe, reconcile, act, about twice a second and whenever something happens.
+
+Crash guarantees. The controller may be killed at any instant. All it must not forget is in the desired state, which is
+written to disk before it takes effect. Ranks and the gateway are detached from it: they go on serving, the gateway by
+the last routes it was given. A new controller finds running groups by their actors' names and adopts them; ranks of a
+group that is not whole are ended, so nothing is left over and nothing is started twice. Every action is idempotent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from flm.cluster.config import ClusterConfig, parse_config
+from flm.cluster.events import EventLog
+from flm.cluster.group import ReplicaGroup
+from flm.cluster.group_spec import group_spec
+from flm.cluster.placement import Group, Node, place, threads_per_rank
+from flm.cluster.ranks import Adopted, GatewayLink, RankHost, RankReport
+from flm.cluster.reconcile import (
+    Action,
+    DrainReplica,
+    KillReplica,
+    ModelTarget,
+    Phase,
+    StartReplica,
+    StopReplica,
+    count_failure,
+    reconcile,
+)
+from flm.cluster.route_feed import RouteFeed
+from flm.cluster.state import Desired, load_desired, save_desired
+from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
+
+log = logging.getLogger(__name__)
+
+LOOK = 0.5  # seconds between looks
+LOOK_STARTING = 0.1  # while something loads: progress bars are watching
+CALL_TIMEOUT = 2.0
+NO_PLACE = 2  # counts as so many failures: tried again after a second, not at once
+
+
+class Controller:
+    """Belongs to one event loop."""
+
+    def __init__(
+        self, folder: Path, desired: Desired, host: RankHost, gateway: GatewayLink, run_root: Path
+    ) -> None:
+        """`folder` keeps the desired state; what lies there from an earlier start wins over `desired`. Each start of a
+        group gets a new folder of its own below `run_root`, on its node, for sockets and shared memory."""
+        self._folder, self._host, self._run_root = folder, host, run_root
+        saved = load_desired(folder)
+        self.desired = saved or desired
+        if saved is None:
+            save_desired(folder, desired)
+        self.config: ClusterConfig = parse_config(self.desired.text, self.desired.file)
+        self.groups: dict[str, ReplicaGroup] = {}
+        self.events = EventLog()
+        self._routes = RouteFeed(gateway)
+        self._gateway = gateway
+        self._ending: set[asyncio.Task[None]] = set()
+        self._woken = asyncio.Event()
+        self._nodes: list[Node] = []
+
+    # ------------------------------------------------------------------------------------------- the loop
+    async def run(self) -> None:
+        """Adopt what runs, then look after it until cancelled."""
+        await self.adopt()
+        while True:
+            await self.step()
+            starting = any(g.phase is Phase.STARTING for g in self.groups.values())
+            try:
+                await asyncio.wait_for(self._woken.wait(), LOOK_STARTING if starting else LOOK)
+            except TimeoutError:
+                continue
+            self._woken.clear()
+
+    async def adopt(self) -> None:
+        """Take over the groups that an earlier controller started."""
+        for found in await self._host.adopt():
+            spec, ranks = found.spec, len(found.links)
+            known = spec.model in self.desired.replicas and spec.replica_id not in self.groups
+            if known and ranks == spec.tensor_parallel:
+                self._take(found)
+                self.events.add("replica_adopted", model=spec.model, replica_id=spec.replica_id)
+            else:
+                await asyncio.gather(*(link.kill(RankReport()) for link in found.links.values()))
+
+    async def step(self) -> None:
+        """One look."""
+        now = time.monotonic()
+        for group in self.groups.values():
+            self._note_ready(group)
+            group.probe(now)
+        targets = [
+            ModelTarget(m.name, self.desired.replicas[m.name], m.drain_timeout) for m in self.config.models
+        ]
+        for action in reconcile(targets, [g.view(now) for g in self.groups.values()], now):
+            await self._carry_out(action, now)
+        await self._routes.push(self.groups.values(), self.desired.replicas)
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    # ------------------------------------------------------------------------------------------- actions
+    async def _carry_out(self, action: Action, now: float) -> None:
+        match action:
+            case StartReplica(replica_id, model):
+                await self._start(replica_id, model)
+            case DrainReplica(replica_id):
+                await self._drain(self.groups[replica_id])
+            case StopReplica(replica_id, reason):
+                group = self.groups.pop(replica_id)
+                self._event("replica_stopped", group, reason)
+                self._end(group, orderly=not group.fault)
+            case KillReplica(replica_id, reason):
+                group = self.groups[replica_id]
+                group.failures = count_failure(group.view(now), now)
+                group.message, group.address = reason, ""
+                group.enter(Phase.FAILED)
+                self._event("replica_failed", group, reason)
+                self._end(group, orderly=False)
+
+    async def _start(self, replica_id: str, model: str) -> None:
+        before = self.groups.get(replica_id)
+        if before is not None and before.ending is not None and not before.ending.done():
+            return  # its ranks are still going; the next look asks again
+        section = self.config.model_named(model)
+        self._nodes = await self._host.nodes() or self._nodes
+        spec = group_spec(section, self.desired.facts[model], replica_id, self._run_root)
+        try:
+            node = self._place(replica_id, model)
+        except DoesNotFit as error:
+            group = ReplicaGroup(spec, "", {}, self.wake, message=str(error), failures=NO_PLACE)
+            group.enter(Phase.FAILED)
+            if before is None or before.message != group.message:
+                self._event("replica_unplaced", group, str(error))
+            self.groups[replica_id] = group
+            return
+        if not section.threads:
+            spec = replace(spec, threads=threads_per_rank(node, self._ranks_wanted(node)))
+        links = {rank: self._host.launch(spec, rank, node) for rank in range(spec.tensor_parallel)}
+        group = self._take(Adopted(spec, node.node_id, links))
+        if before is not None:
+            group.restarts, group.failures, group.message = (
+                before.restarts + 1,
+                before.failures,
+                before.message,
+            )
+        self._event("replica_starting", group, f"on {node.name}, {spec.threads} threads per rank")
+
+    def _take(self, found: Adopted) -> ReplicaGroup:
+        group = ReplicaGroup(found.spec, found.node_id, found.links, self.wake)
+        group.watch()
+        self.groups[group.replica_id] = group
+        return group
+
+    def _place(self, replica_id: str, model: str) -> Node:
+        groups = [self._footprint(g.replica_id, g.spec.model) for g in self.groups.values() if g.node_id]
+        if replica_id not in {g.replica_id for g in groups}:
+            groups.append(self._footprint(replica_id, model))
+        placed = {g.replica_id: g.node_id for g in self.groups.values() if g.phase is not Phase.FAILED}
+        chosen = place(groups, self._nodes, placed)[replica_id]
+        return next(node for node in self._nodes if node.node_id == chosen)
+
+    def _footprint(self, replica_id: str, model: str) -> Group:
+        return Group(
+            replica_id,
+            self.config.model_named(model).tensor_parallel,
+            self.desired.facts[model].rank_memory,
+        )
+
+    def _ranks_wanted(self, node: Node) -> int:
+        """Ranks that will share the node's cores when all is up, were the wanted replicas spread evenly."""
+        ranks = sum(m.tensor_parallel * self.desired.replicas[m.name] for m in self.config.models)
+        return -(-ranks // max(1, len(self._nodes)))
+
+    async def _drain(self, group: ReplicaGroup) -> None:
+        group.enter(Phase.DRAINING)
+        self._event("replica_draining", group)
+        await self._routes.push(self.groups.values(), self.desired.replicas)  # the gateway learns it first
+        await self._bounded(group, group.links[0].drain())
+
+    def _end(self, group: ReplicaGroup, orderly: bool) -> None:
+        group.ending = asyncio.create_task(self._end_ranks(group, orderly))
+        self._ending.add(group.ending)
+        group.ending.add_done_callback(self._ending.discard)
+
+    async def _end_ranks(self, group: ReplicaGroup, orderly: bool) -> None:
+        await group.unwatch()
+        if orderly and group.links:
+            await self._bounded(group, group.links[0].stop())
+        kills = (link.kill(group.reports.get(rank, RankReport())) for rank, link in group.links.items())
+        for result in await asyncio.gather(*kills, return_exceptions=True):
+            if isinstance(result, BaseException):
+                log.warning("ending a rank of %s: %r", group.replica_id, result)
+        await asyncio.to_thread(shutil.rmtree, group.spec.run_dir, True)
+        self.wake()
+
+    async def _bounded(self, group: ReplicaGroup, call: object) -> None:
+        try:
+            await asyncio.wait_for(call, CALL_TIMEOUT)  # type: ignore[arg-type]
+        except Exception as error:  # a rank that does not answer is found and ended by its silence
+            log.warning("%s does not answer: %r", group.replica_id, error)
+
+    def _note_ready(self, group: ReplicaGroup) -> None:
+        if group.phase is Phase.READY and not group.announced:
+            group.announced = True
+            self._event(
+                "replica_ready", group, f"at {group.address} after {group.since - group.created:.1f} s"
+            )
+
+    def _event(self, kind: str, group: ReplicaGroup, message: str = "") -> None:
+        log.info("%s %s %s", kind, group.replica_id, message)
+        self.events.add(kind, message, model=group.spec.model, replica_id=group.replica_id)
+
+    # ------------------------------------------------------------------------------------- what operators ask
+    async def scale(self, model: str, replicas: int) -> int:
+        """Want `replicas` of `model` from now on; how many were wanted before. Nothing changes where it raises:
+        ModelNotFound, InvalidRequest outside the YAML's bounds, DoesNotFit."""
+        if model not in self.desired.replicas:
+            raise ModelNotFound(model, list(self.desired.replicas))
+        bounds = self.config.model_named(model).replicas
+        if not bounds.min <= replicas <= bounds.max:
+            raise InvalidRequest("replicas", f"expected {bounds.min} to {bounds.max}, got {replicas}")
+        before = self.desired.replicas[model]
+        if replicas > before:
+            await self._check_room(self.desired.scaled(model, replicas))
+        self._want(self.desired.scaled(model, replicas))
+        self.events.add("scaled", f"from {before} to {replicas}", model=model)
+        return before
+
+    async def _check_room(self, desired: Desired) -> None:
+        self._nodes = await self._host.nodes() or self._nodes
+        groups = [
+            self._footprint(f"{name}-{i}", name)
+            for name, count in desired.replicas.items()
+            for i in range(count)
+        ]
+        place(groups, self._nodes, {})
+
+    def _want(self, desired: Desired) -> None:
+        save_desired(self._folder, desired)
+        self.desired = desired
+        self.wake()
+
+    async def drain(self, replica_id: str) -> None:
+        """Let a replica finish its streams and stop it; its model wants one replica less from now on."""
+        group = self._find(replica_id)
+        model = group.spec.model
+        if group.phase is Phase.DRAINING:
+            return
+        wanted, least = self.desired.replicas[model] - 1, self.config.model_named(model).replicas.min
+        if wanted < least:
+            raise InvalidRequest(
+                "replica_id", f"{model} would have fewer than its minimum of {least} replicas"
+            )
+        self._want(self.desired.scaled(model, wanted))
+        await self._retire(group)
+
+    async def restart(self, replica_id: str) -> None:
+        """Replace a replica: one that serves drains while its successor starts; any other is started again."""
+        group = self._find(replica_id)
+        if group.phase is Phase.READY:
+            await self._drain(group)
+        elif group.phase is Phase.FAILED:
+            group.failures = 0
+        elif group.phase is Phase.STARTING:
+            group.fault = "restarted by an operator"
+        self.wake()
+
+    async def _retire(self, group: ReplicaGroup) -> None:
+        if group.phase is Phase.READY:
+            await self._drain(group)
+        else:
+            await self._carry_out(StopReplica(group.replica_id, "drained before it served"), time.monotonic())
+
+    def _find(self, replica_id: str) -> ReplicaGroup:
+        if replica_id not in self.groups:
+            known = ", ".join(self.groups) or "none"
+            raise NotFound(f"replica {replica_id!r} does not exist; replicas: {known}")
+        return self.groups[replica_id]
+
+    async def shutdown(self) -> None:
+        """Drain all replicas, stop the gateway; returns when no rank is left."""
+        self.events.add("shutting_down")
+        self._want(replace(self.desired, replicas=dict.fromkeys(self.desired.replicas, 0)))
+        grace = max(model.drain_timeout for model in self.config.models)
+        closing = asyncio.create_task(self._gateway.stop(grace))
+        while self.groups or self._ending:
+            await asyncio.sleep(0.05)
+        await asyncio.wait({closing}, timeout=CALL_TIMEOUT)

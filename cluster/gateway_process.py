@@ -1,0 +1,67 @@
+"""The gateway's life inside its process: made from the desired state, serving before anyone tells it routes."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+
+from flm.cluster.config import parse_config
+from flm.cluster.gateway import Gateway, ServedModel, Tls
+from flm.cluster.router import ReplicaRoute
+from flm.cluster.state import Desired
+from flm.worker.errors import ConfigError
+
+BIND_ATTEMPTS = 40  # of BIND_PAUSE seconds: the process before this one may not have let go of the port
+BIND_PAUSE = 0.25
+
+
+class GatewayProcess:
+    """Belongs to one event loop."""
+
+    def __init__(self, desired: Desired) -> None:
+        config = parse_config(desired.text, desired.file)
+        models = [
+            ServedModel(
+                m.name,
+                m.path,
+                desired.facts[m.name].max_context,
+                desired.facts[m.name].architecture,
+                desired.facts[m.name].precision,
+                m.tensor_parallel,
+            )
+            for m in config.models
+        ]
+        self._section, self._models = config.gateway, models
+        self._incarnation = uuid.uuid4().hex
+        self._gateway: Gateway | None = None
+        self._started = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until stopped. ConfigError where the port stays taken, CheckpointError without a tokenizer."""
+        section = self._section.tls
+        tls = Tls(section.cert_file, section.key_file) if section is not None else None
+        for attempt in range(BIND_ATTEMPTS):
+            gateway = Gateway(self._models, self._section.listen, api_keys=self._section.api_keys, tls=tls)
+            try:
+                await gateway.start()
+                break
+            except ConfigError:
+                if attempt == BIND_ATTEMPTS - 1:
+                    raise
+                await asyncio.sleep(BIND_PAUSE)
+        self._gateway = gateway
+        self._started.set()
+
+    async def incarnation(self) -> str:
+        await self._started.wait()
+        return self._incarnation
+
+    async def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int) -> None:
+        await self._started.wait()
+        assert self._gateway is not None
+        self._gateway.set_routes(model, routes, wanted)
+
+    async def stop(self, grace: float) -> None:
+        if self._gateway is not None:
+            await self._gateway.stop(grace)

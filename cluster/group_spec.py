@@ -1,0 +1,33 @@
+"""From the YAML's model to what a group's ranks are told."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+from flm.cluster.config import ModelSection
+from flm.cluster.state import ModelFacts
+from flm.worker.rank import GroupSpec
+
+
+def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root: Path) -> GroupSpec:
+    """The spec of one start of a group, with a run folder that no other start has. Threads are the YAML's, at least
+    one."""
+    return GroupSpec(
+        replica_id=replica_id,
+        model=model.name,
+        path=model.path,
+        device="cpu"
+        if model.device == "auto"
+        else model.device,  # check_device: there is no other backend yet
+        tensor_parallel=model.tensor_parallel,
+        quantization=model.quantization,
+        kv_dtype=model.kv_cache.dtype,
+        kv_bytes=model.kv_cache.memory,
+        max_context=facts.max_context,
+        max_sequences=model.max_sequences,
+        max_step_tokens=model.max_step_tokens,
+        max_queue=model.max_queue,
+        threads=max(1, model.threads),
+        run_dir=str(run_root / uuid.uuid4().hex[:8]),
+    )

@@ -118,10 +118,9 @@ def from_rpc_error(error: grpc.RpcError) -> FlmError:
     return from_status(status_pb2.Status(code=code.value[0], message=call.details() or code.name))
 
 
-def is_ours(error: grpc.RpcError) -> bool:
-    """Whether a server of this project ended the call on purpose; else the transport broke."""
-    call: Any = error
-    return any(key == DETAILS_KEY for key, _ in call.trailing_metadata() or ())
+def from_status_bytes(data: bytes) -> FlmError:
+    """The error of a serialised google.rpc.Status."""
+    return from_status(status_pb2.Status.FromString(data))
 
 
 async def abort(context: grpc.aio.ServicerContext, error: FlmError) -> NoReturn:

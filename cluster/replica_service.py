@@ -1,21 +1,22 @@
 """flm.v1.Replica: the worker's replica group on the wire, served by rank 0's process.
 
-The engine's thread hands over all events of a step at once, with one wake-up of the event loop; each stream sends
-what it has when its last write is through, so a slow reader gets fewer, longer frames and costs no one else.
+The engine's thread hands over all events of a step at once, with one wake-up of the event loop, and each gateway
+gets them as one message. What has come up while a message was being written goes into the next.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 import grpc.aio
 
-from flm.cluster.grpc_errors import typed_errors
+from flm.cluster.grpc_errors import to_status, typed_errors
 from flm.cluster.listen import bind, create_server
 from flm.proto import flm_pb2, flm_pb2_grpc
-from flm.worker.errors import InvalidRequest, Unavailable
+from flm.worker.errors import FlmError, InternalError, InvalidRequest, Unavailable
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -44,18 +45,25 @@ class ServedReplica(Protocol):
     def step_age(self) -> float: ...
 
 
-class _Stream:
-    """Events of one request that are not sent yet, and whom to wake when there are some."""
-
-    __slots__ = ("events", "waiter")
+class _Connection:
+    """One gateway's call: its live requests, frames that are not sent yet, and whom to wake for them."""
 
     def __init__(self) -> None:
-        self.events: list[TokenEvent] = []
-        self.waiter: asyncio.Future[None] | None = None
+        self.live: set[str] = set()
+        self.frames: list[flm_pb2.ReplicaFrame] = []
+        self._waiter: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[flm_pb2.ReplicaFrame]:
+        """All frames since the last time, at least one."""
+        while not self.frames:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        frames, self.frames = self.frames, []
+        return frames
 
 
 class ReplicaService(flm_pb2_grpc.ReplicaServicer):
@@ -66,7 +74,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self._replica_id = replica_id
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        self.streams: dict[str, _Stream] = {}
+        self.streams: dict[str, _Connection] = {}  # request id → whose it is
         replica.start(self._on_events)
 
     def _on_events(self, events: list[TokenEvent]) -> None:
@@ -75,46 +83,75 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
-        streams = self.streams
+        woken = set()
         for event in events:
-            stream = streams.get(event.request_id)
-            if stream is not None:  # else its client has gone
-                stream.events.append(event)
-                stream.wake()
+            connection = self.streams.get(event.request_id)
+            if connection is None:
+                continue  # its client has gone
+            connection.frames.append(to_frame(event))
+            if event.finish_reason is not None:
+                self._forget(event.request_id)
+            woken.add(connection)
+        for connection in woken:
+            connection.wake()
+
+    def _forget(self, request_id: str) -> None:
+        self.streams.pop(request_id).live.discard(request_id)
 
     def close(self) -> None:
         """End every stream as lost; the gateway resumes them elsewhere."""
         self._closed = True
-        for request_id in list(self.streams):
-            error = f"replica {self._replica_id} was stopped"
-            self._deliver([TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=error)])
+        error = f"replica {self._replica_id} was stopped"
+        self._deliver([TokenEvent(i, finish_reason=FinishReason.ERROR, error=error) for i in self.streams])
 
     @typed_errors
     async def Generate(
-        self, request: flm_pb2.ReplicaGenerateRequest, context: grpc.aio.ServicerContext
+        self, commands: AsyncIterator[flm_pb2.ReplicaCommands], context: grpc.aio.ServicerContext
     ) -> None:
-        if self._closed:
-            raise Unavailable(f"replica {self._replica_id} is stopped")
-        parsed = to_request(request)
-        request_id = parsed.request_id
-        if request_id in self.streams:
-            raise InvalidRequest("request_id", f"{request_id!r} is already running")
-        stream = self.streams[request_id] = _Stream()
-        first, finished = True, False
+        connection = _Connection()
+        reader = asyncio.create_task(self._obey(commands, connection))
         try:
-            self._replica.submit(parsed)
-            while not finished:
-                if not stream.events:
-                    stream.waiter = self._loop.create_future()
-                    await stream.waiter
-                events, stream.events = stream.events, []
-                finished = events[-1].finish_reason is not None
-                await context.write(to_frame(events, first))
-                first = False
+            while True:
+                await context.write(flm_pb2.ReplicaStep(frames=await connection.take()))
         finally:
-            del self.streams[request_id]
-            if not finished:
-                self._replica.cancel(request_id)
+            reader.cancel()
+            for request_id in list(connection.live):
+                self._cancel(request_id)
+
+    async def _obey(self, commands: AsyncIterator[flm_pb2.ReplicaCommands], connection: _Connection) -> None:
+        async for command in commands:
+            for request in command.generate:
+                self._submit(request, connection)
+            for request_id in command.cancel:
+                if request_id in connection.live:
+                    self._cancel(request_id)
+
+    def _submit(self, message: flm_pb2.ReplicaGenerateRequest, connection: _Connection) -> None:
+        request_id = message.request_id
+        try:
+            if self._closed:
+                raise Unavailable(f"replica {self._replica_id} is stopped")
+            if request_id in self.streams:
+                raise InvalidRequest("request_id", f"{request_id!r} is already running")
+            request = to_request(message)
+            self.streams[request_id] = connection  # before submit: events may come at once
+            connection.live.add(request_id)
+            try:
+                self._replica.submit(request)
+            except BaseException:
+                self._forget(request_id)
+                raise
+        except Exception as error:
+            if not isinstance(error, FlmError):
+                log.exception("request %s failed", request_id)
+                error = InternalError(f"{type(error).__name__}: {error}")
+            refusal = to_status(error).SerializeToString()
+            connection.frames.append(flm_pb2.ReplicaFrame(request_id=request_id, refusal=refusal))
+            connection.wake()
+
+    def _cancel(self, request_id: str) -> None:
+        self._forget(request_id)
+        self._replica.cancel(request_id)
 
     @typed_errors
     async def Heartbeat(
@@ -189,33 +226,28 @@ def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:
     )
 
 
-def to_frame(events: list[TokenEvent], first: bool = False) -> flm_pb2.ReplicaFrame:
-    """One frame for all of `events`, which are of one request and in order. The first frame and the last one
-    of a stream carry its usage."""
-    last = events[-1]
-    if len(events) == 1:
-        frame = flm_pb2.ReplicaFrame(token_ids=last.token_ids)
-    else:
-        frame = flm_pb2.ReplicaFrame(token_ids=[t for event in events for t in event.token_ids])
-    for event in events:
-        for entry in event.logprobs:
-            frame.logprobs.append(
-                flm_pb2.TokenLogprob(
-                    token_id=entry.token_id,
-                    logprob=entry.logprob,
-                    top=[flm_pb2.TopLogprob(token_id=t, logprob=p) for t, p in entry.top],
-                )
+def to_frame(event: TokenEvent) -> flm_pb2.ReplicaFrame:
+    """The first event of a stream and the last one carry its usage."""
+    frame = flm_pb2.ReplicaFrame(request_id=event.request_id, token_ids=event.token_ids)
+    for entry in event.logprobs:
+        frame.logprobs.append(
+            flm_pb2.TokenLogprob(
+                token_id=entry.token_id,
+                logprob=entry.logprob,
+                top=[flm_pb2.TopLogprob(token_id=t, logprob=p) for t, p in entry.top],
             )
-    if first or last.finish_reason is not None:
-        frame.usage.prompt_tokens = last.prompt_tokens
-        frame.usage.cached_tokens = last.cached_tokens
-        frame.usage.completion_tokens = last.completion_tokens
-    if last.finish_reason is not None:
-        frame.finish_reason = FINISH[last.finish_reason]
-        frame.error = last.error
-        if last.stop_token_id is not None:
-            frame.stop_token_id = last.stop_token_id
-        frame.timings.queue = last.timings.queue
-        frame.timings.prefill = last.timings.prefill
-        frame.timings.decode = last.timings.decode
+        )
+    reason = event.finish_reason
+    if reason is not None or event.completion_tokens == len(event.token_ids):
+        frame.usage.prompt_tokens = event.prompt_tokens
+        frame.usage.cached_tokens = event.cached_tokens
+        frame.usage.completion_tokens = event.completion_tokens
+    if reason is not None:
+        frame.finish_reason = FINISH[reason]
+        frame.error = event.error
+        if event.stop_token_id is not None:
+            frame.stop_token_id = event.stop_token_id
+        frame.timings.queue = event.timings.queue
+        frame.timings.prefill = event.timings.prefill
+        frame.timings.decode = event.timings.decode
     return frame

@@ -13,19 +13,16 @@ import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-import grpc.aio
-
 from flm.cluster.admission import Options
-from flm.cluster.grpc_errors import from_rpc_error, is_ours
-from flm.cluster.replicas import Link, Replicas
+from flm.cluster.replica_link import Broken, ReplicaLink
+from flm.cluster.replicas import Replicas
 from flm.proto import flm_pb2
-from flm.worker.errors import DeadlineExceeded, FlmError, InternalError, Lost, Overloaded, Unavailable
+from flm.worker.errors import Lost, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 8
 _CALL_MARGIN = 0.05  # seconds kept back of a deadline, so that a clear status still reaches the client
-_BROKEN = ("UNAVAILABLE", "INTERNAL", "UNKNOWN", "CANCELLED", "ABORTED", "DATA_LOSS")
 
 
 class TokenStream:
@@ -86,29 +83,33 @@ class TokenStream:
                 await self._overloaded(refusals, until)
                 refusals.clear()
                 continue
-            why: FlmError | None = None
             try:
                 async with aclosing(self._attempt(link)) as frames:
                     async for frame in frames:
                         yield frame
                         if frame.finish_reason:
                             return
-            except grpc.aio.AioRpcError as error:
-                why = self._judge(link, error)
-            if isinstance(why, Overloaded):
-                refusals[link.view.replica_id] = why
-            elif not isinstance(why, Unavailable):
-                self._count_restart(link)
-                until = self._wait_until()
+            except Overloaded as error:
+                refusals[link.view.replica_id] = error
+                continue
+            except Unavailable as error:
+                self._replicas.put_aside(link, str(error))
+                continue
+            except Broken as error:
+                self._replicas.put_aside(link, str(error))
+            self._count_restart(link)
+            until = self._wait_until()
 
-    async def _attempt(self, link: Link) -> AsyncGenerator[flm_pb2.ReplicaFrame]:
-        """Frames of one replica; ends without a finish reason where the replica says that it failed."""
+    async def _attempt(self, link: ReplicaLink) -> AsyncGenerator[flm_pb2.ReplicaFrame]:
+        """Frames of one replica; ends without a finish reason where the replica says that it failed. Raises
+        Broken, or the replica's refusal."""
         view, token_ids = link.view, self.token_ids
         expected = len(self._prompt_ids) + self._max_tokens
         view.outstanding += expected
-        call = link.stub.Generate(self._next_request(), timeout=self._remaining())
+        inbox = link.open(self._next_request(), self._deadline)
         try:
-            async for frame in call:
+            while True:
+                frame = await inbox.take()
                 token_ids.extend(frame.token_ids)
                 received = len(frame.token_ids)
                 expected -= received
@@ -120,32 +121,14 @@ class TokenStream:
                         yield frame
                     return
                 yield frame
+                if frame.finish_reason:
+                    return
         finally:
             view.outstanding -= expected
-            call.cancel()  # of no effect where it has ended
+            link.close_inbox(inbox)
             self._replicas.release(link)
 
-    def _judge(self, link: Link, error: grpc.aio.AioRpcError) -> FlmError | None:
-        """What to do about a call that failed: Overloaded and Unavailable refusals lead to another replica, None
-        to a restart; everything else is raised."""
-        typed = from_rpc_error(error)
-        if isinstance(typed, Overloaded):
-            return typed
-        if is_ours(error):
-            if isinstance(typed, Unavailable):
-                self._replicas.put_aside(link, str(typed))
-                return typed
-            if isinstance(typed, InternalError):
-                log.error("request %s: replica %s: %s", self._name, link.view.replica_id, typed)
-            raise typed
-        if error.code().name not in _BROKEN:
-            raise typed
-        if self._deadline is not None and self._remaining() == 0.0:
-            raise DeadlineExceeded("the deadline passed while a replica was at work")
-        self._replicas.put_aside(link, f"{error.code().name}: {error.details()}")
-        return None
-
-    def _count_restart(self, link: Link) -> None:
+    def _count_restart(self, link: ReplicaLink) -> None:
         self.restarts += 1
         log.warning(
             "request %s: lost on replica %s after %d tokens, restart %d",
@@ -177,11 +160,6 @@ class TokenStream:
 
     def _ended_by_length(self) -> flm_pb2.ReplicaFrame:
         return flm_pb2.ReplicaFrame(finish_reason=flm_pb2.FINISH_REASON_LENGTH)
-
-    def _remaining(self) -> float | None:
-        if self._deadline is None:
-            return None
-        return max(self._deadline - asyncio.get_running_loop().time(), 0.0)
 
     def _wait_until(self) -> float:
         """Until when to wait for a replica, loop time."""

@@ -669,10 +669,10 @@ class ReplicaStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Generate = channel.unary_stream(
+        self.Generate = channel.stream_stream(
                 '/flm.v1.Replica/Generate',
-                request_serializer=flm_dot_proto_dot_flm__pb2.ReplicaGenerateRequest.SerializeToString,
-                response_deserializer=flm_dot_proto_dot_flm__pb2.ReplicaFrame.FromString,
+                request_serializer=flm_dot_proto_dot_flm__pb2.ReplicaCommands.SerializeToString,
+                response_deserializer=flm_dot_proto_dot_flm__pb2.ReplicaStep.FromString,
                 _registered_method=True)
         self.Heartbeat = channel.unary_unary(
                 '/flm.v1.Replica/Heartbeat',
@@ -687,8 +687,10 @@ class ReplicaServicer:
     Token ids only; served by rank 0 of each replica, spoken by the gateway and the controller.
     """
 
-    def Generate(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def Generate(self, request_iterator, context):
+        """All requests of one gateway share one call, so that an engine step costs one message and not one per stream.
+        When the call ends, so do the requests that it carried.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -702,10 +704,10 @@ class ReplicaServicer:
 
 def add_ReplicaServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Generate': grpc.unary_stream_rpc_method_handler(
+            'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=flm_dot_proto_dot_flm__pb2.ReplicaGenerateRequest.FromString,
-                    response_serializer=flm_dot_proto_dot_flm__pb2.ReplicaFrame.SerializeToString,
+                    request_deserializer=flm_dot_proto_dot_flm__pb2.ReplicaCommands.FromString,
+                    response_serializer=flm_dot_proto_dot_flm__pb2.ReplicaStep.SerializeToString,
             ),
             'Heartbeat': grpc.unary_unary_rpc_method_handler(
                     servicer.Heartbeat,
@@ -727,7 +729,7 @@ class Replica:
     """
 
     @staticmethod
-    def Generate(request,
+    def Generate(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -737,12 +739,12 @@ class Replica:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/flm.v1.Replica/Generate',
-            flm_dot_proto_dot_flm__pb2.ReplicaGenerateRequest.SerializeToString,
-            flm_dot_proto_dot_flm__pb2.ReplicaFrame.FromString,
+            flm_dot_proto_dot_flm__pb2.ReplicaCommands.SerializeToString,
+            flm_dot_proto_dot_flm__pb2.ReplicaStep.FromString,
             options,
             channel_credentials,
             insecure,

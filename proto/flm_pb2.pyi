@@ -304,20 +304,24 @@ class ModelStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., wanted_replicas: _Optional[int] = ..., ready_replicas: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ...) -> None: ...
 
 class ClusterStatus(_message.Message):
-    __slots__ = ("name", "models", "gateway_address", "admin_address", "uptime", "controller_restarts")
+    __slots__ = ("name", "models", "gateway_address", "admin_address", "uptime", "controller_restarts", "gateway_ready", "gateway_message")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ADMIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_READY_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_MESSAGE_FIELD_NUMBER: _ClassVar[int]
     name: str
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
     gateway_address: str
     admin_address: str
     uptime: float
     controller_restarts: int
-    def __init__(self, name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., gateway_address: _Optional[str] = ..., admin_address: _Optional[str] = ..., uptime: _Optional[float] = ..., controller_restarts: _Optional[int] = ...) -> None: ...
+    gateway_ready: bool
+    gateway_message: str
+    def __init__(self, name: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ..., gateway_address: _Optional[str] = ..., admin_address: _Optional[str] = ..., uptime: _Optional[float] = ..., controller_restarts: _Optional[int] = ..., gateway_ready: _Optional[bool] = ..., gateway_message: _Optional[str] = ...) -> None: ...
 
 class GetClusterStatusRequest(_message.Message):
     __slots__ = ()

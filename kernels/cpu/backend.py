@@ -24,7 +24,7 @@ from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
 
 Array = NDArray[Any]
-F32, I32 = np.dtype(np.float32), np.dtype(np.int32)
+F32, I32, U8 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.uint8)
 TILE_ROWS = 24  # query rows of one attention task
 CHUNK = 48  # tokens of one linear task, as in linear.py
 
@@ -251,11 +251,14 @@ class CpuBackend:
         tops = [0, 0]
         if top_ids_SN is not None and top_logprobs_SN is not None:
             tops = [check("top_ids", top_ids_SN, (S, N), I32), check("top_logprobs", top_logprobs_SN, (S, N))]
-        lists = [address(a) for a in (batch.token_ids, batch.in_prompt, batch.output_count)]
+        row_ptr = check("row_ptr", batch.row_ptr, (S + 1,), I32)
+        counted = (int(batch.row_ptr[-1]),)
+        lists = [check("token_ids", batch.token_ids, counted, I32), check("in_prompt", batch.in_prompt, counted, U8)]
+        lists += [check("output_count", batch.output_count, counted, I32)]
         area = (V * 12 + 2048 * 16 + 192) // 64 * 64
         scratch = self._scratch(area * self.threads)
         row = [self._ops["sample"], check("logits", logits_SV, (S, V)), S, V, *parameters]
-        row += [check("row_ptr", batch.row_ptr, (S + 1,), I32), *lists, check("ids", ids_S, (S,), I32), *tops, N]
+        row += [row_ptr, *lists, check("ids", ids_S, (S,), I32), *tops, N]
         row += [check("logprobs", logprobs_S, (S,)), address(scratch), area, self.threads]
         self._emit(row, logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_logprobs_SN, scratch)
 

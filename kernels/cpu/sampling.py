@@ -176,6 +176,8 @@ def _choose(row, s, logits, at, V, w_at, ids, counts, mass):  # type: ignore
     for i in range(V):
         ids[n] = i
         n += 1 if weights[i] >= min_p else 0
+    if n == 0:  # min_p above 1, or rounding at 1
+        return _first_of(logits, V, top)
     if top_k > 0 and top_k < n:
         n = _narrow(logits, weights, ids, n, False, float(top_k), counts, mass)
     if top_p < 1.0:

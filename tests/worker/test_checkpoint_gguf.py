@@ -112,6 +112,7 @@ def test_gguf_rope_scalings(tmp_path: Path) -> None:
 
 
 BROKEN_GGUF: list[tuple[Callable[[GGUFWriter], Any], str]] = [
+    (lambda w: w.add_uint16("split.count", 2), "one part of a model split over several files"),
     (lambda w: w.add_expert_count(8), "mixtures of experts are not supported"),
     (lambda w: w.add_block_count(4), "tensor 'model.layers.3.input_layernorm.weight' [64] is missing"),
     (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "'yarn' is not supported"),

@@ -51,6 +51,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
     prefix = architecture + "."
     raw: dict[str, Any] = {key: file.get(key) for key in file.keys_under(prefix)}
     fields = Fields(file.path, raw, prefix)
+    if (file.get("split.count") or 0) > 1:
+        raise fields.fail(
+            "one part of a model split over several files; one file expected (llama-gguf-split --merge)"
+        )
     if fields.get("expert_count"):
         raise fields.fail(f"{prefix}expert_count: mixtures of experts are not supported")
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")

@@ -10,28 +10,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flm.cluster import ray_head
+from flm.cluster.loop_thread import LoopThread
 from flm.cluster.placement import RANKS_PER_CORE, Node
 from flm.cluster.rank_process import RankProcess, sigkill
 from flm.cluster.ranks import Adopted, RankReport
 from flm.cluster.router import ReplicaRoute
 from flm.cluster.state import ClusterSpec
+from flm.worker.errors import Unavailable
 from flm.worker.rank import GroupSpec
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 CONTROLLER, GATEWAY, RANK = "controller", "gateway", "rank"
-LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's way to say: listen on 127.0.0.1
 OBJECT_STORE = 80_000_000  # bytes, about Ray's least; nothing of ours goes through it
 KILL_GRACE = 0.5  # seconds for Ray's own way of killing before ours
 
@@ -65,6 +65,8 @@ def start_head(port: int, folder: str, cpus: int) -> None:
 
 def connect(address: str, namespace: str) -> None:
     """Join a running Ray cluster as a driver."""
+    if address.startswith("127.0.0.1:"):
+        os.environ |= ray_head.ENVIRONMENT
     ray.init(
         address=address,
         namespace=namespace,
@@ -74,10 +76,12 @@ def connect(address: str, namespace: str) -> None:
     )
 
 
-def start_cluster(spec: ClusterSpec) -> None:
+def start_cluster(address: str, spec: ClusterSpec) -> None:
     """Create the controller and the gateway, in parallel. They outlive this process."""
+    connect(address, spec.namespace)
     _named(GatewayActor, GATEWAY, max_restarts=-1).remote(spec)
     _named(ControllerActor, CONTROLLER, max_restarts=-1, max_task_retries=-1).remote(spec)
+    ray.shutdown()
 
 
 def _named(actor: Any, name: str, **options: Any) -> Any:
@@ -85,29 +89,6 @@ def _named(actor: Any, name: str, **options: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------- actors
-class LoopThread:
-    """An event loop on a thread of its own: it starts with the actor, be it the first time or after a crash."""
-
-    def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name=name, daemon=True).start()
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` for as long as the process lives: where it fails, the process ends and Ray starts another."""
-        asyncio.run_coroutine_threadsafe(self._guard(work), self.loop)
-
-    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
-
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except BaseException:
-            log.exception("giving up; Ray starts this process again")
-            logging.shutdown()
-            os._exit(1)
-
-
 @ray.remote
 class RankActor:
     """One rank."""
@@ -142,8 +123,8 @@ class GatewayActor:
         self._thread = LoopThread("gateway")
         self._thread.start(self._process.run())
 
-    async def incarnation(self) -> str:
-        return await self._thread.run(self._process.incarnation())
+    async def status(self) -> tuple[str, str]:
+        return await self._thread.run(self._process.status())
 
     async def set_routes(self, model: str, routes: list[ReplicaRoute], wanted: int) -> None:
         await self._thread.run(self._process.set_routes(model, routes, wanted))
@@ -213,8 +194,7 @@ class RayHost:
         self._namespace = spec.namespace
 
     async def nodes(self) -> list[Node]:
-        alive = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
-        return [_node(node) for node in alive if node["Resources"].get("CPU", 0) >= 1]
+        return await asyncio.to_thread(ray_nodes)
 
     def launch(self, spec: GroupSpec, rank: int, node: Node) -> RayRank:
         options = {
@@ -248,7 +228,10 @@ class RayGateway:
         self._actor: Any = None
 
     async def incarnation(self) -> str:
-        return str(await self._call("incarnation"))
+        incarnation, failure = await self._call("status")
+        if failure:
+            raise Unavailable(failure)
+        return str(incarnation)
 
     async def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int) -> None:
         await self._call("set_routes", model, list(routes), wanted)
@@ -266,6 +249,33 @@ class RayGateway:
         except ActorDiedError:
             self._actor = None
             raise
+
+
+def ray_nodes() -> list[Node]:
+    """The nodes that are alive and can hold ranks."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [_node(node) for node in alive if node["Resources"].get("CPU", 0) >= 1]
+
+
+def nodes_at(address: str) -> list[Node]:
+    """The nodes of a running Ray cluster."""
+    connect(address, CONTROLLER)
+    try:
+        return ray_nodes()
+    finally:
+        ray.shutdown()
+
+
+def end_cluster(address: str, namespace: str) -> None:
+    """End every actor of a cluster that joined the Ray cluster at `address`, the controller first."""
+    connect(address, namespace)
+    names = ray.util.list_named_actors()
+    for name in sorted(names, key=lambda name: name != CONTROLLER):
+        try:
+            ray.kill(ray.get_actor(name, namespace), no_restart=True)
+        except ValueError:  # it has ended since it was listed
+            log.debug("%s is gone", name)
+    ray.shutdown()
 
 
 async def _answer(reference: Any) -> Any:

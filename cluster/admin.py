@@ -47,6 +47,8 @@ class Admin(flm_pb2_grpc.AdminServicer):
             admin_address=config.admin.listen,
             uptime=time.time() - self._first_start,
             controller_restarts=self._restarts,
+            gateway_ready=self._controller.routes.ready,
+            gateway_message=self._controller.routes.failure,
         )
 
     @typed_errors

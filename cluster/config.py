@@ -179,6 +179,18 @@ class ClusterConfig(Section):
         return next(model for model in self.models if model.name == name)
 
 
+def refuse_unserved(config: ClusterConfig, file: str) -> None:
+    """ConfigError where the file asks for something that can be planned but not served yet."""
+    for index, model in enumerate(config.models):
+        field = f"models[{index}]"
+        if model.expert_parallel > 1:
+            message = "experts over several ranks can be planned but not served yet; expected 1"
+            raise ConfigError(message, file=file, field=f"{field}.expert_parallel")
+        if model.device == "cuda":
+            message = "GPUs can be planned for but not served on yet; expected cpu or auto"
+            raise ConfigError(message, file=file, field=f"{field}.device")
+
+
 def load_config(path: str | Path) -> ClusterConfig:
     """Read and check a file. ConfigError (ConfigErrors where there are several) says everything that is wrong."""
     file = str(path)

@@ -60,7 +60,7 @@ class Controller:
         self.config: ClusterConfig = parse_config(self.desired.text, self.desired.file)
         self.groups: dict[str, ReplicaGroup] = {}
         self.events = EventLog()
-        self._routes = RouteFeed(gateway)
+        self.routes = RouteFeed(gateway)
         self._gateway = gateway
         self._ending: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
@@ -101,7 +101,7 @@ class Controller:
         ]
         for action in reconcile(targets, [g.view(now) for g in self.groups.values()], now):
             await self._carry_out(action, now)
-        await self._routes.push(self.groups.values(), self.desired.replicas)
+        await self.routes.push(self.groups.values(), self.desired.replicas)
 
     def wake(self) -> None:
         self._woken.set()
@@ -182,7 +182,7 @@ class Controller:
     async def _drain(self, group: ReplicaGroup) -> None:
         group.enter(Phase.DRAINING)
         self._event("replica_draining", group)
-        await self._routes.push(self.groups.values(), self.desired.replicas)  # the gateway learns it first
+        await self.routes.push(self.groups.values(), self.desired.replicas)  # the gateway learns it first
         await self._bounded(group, group.links[0].drain())
 
     def _end(self, group: ReplicaGroup, orderly: bool) -> None:

@@ -10,7 +10,7 @@ from flm.cluster.config import parse_config
 from flm.cluster.gateway import Gateway, ServedModel, Tls
 from flm.cluster.router import ReplicaRoute
 from flm.cluster.state import Desired
-from flm.worker.errors import ConfigError
+from flm.worker.errors import ConfigError, FlmError
 
 BIND_ATTEMPTS = 40  # of BIND_PAUSE seconds: the process before this one may not have let go of the port
 BIND_PAUSE = 0.25
@@ -35,32 +35,38 @@ class GatewayProcess:
         self._section, self._models = config.gateway, models
         self._incarnation = uuid.uuid4().hex
         self._gateway: Gateway | None = None
+        self._failure = ""
         self._started = asyncio.Event()
 
     async def run(self) -> None:
-        """Serve until stopped. ConfigError where the port stays taken, CheckpointError without a tokenizer."""
+        """Serve until stopped; where that fails for good, wait for someone to ask why."""
+        try:
+            self._gateway = await self._bound()
+        except FlmError as error:
+            self._failure = str(error)
+        self._started.set()
+
+    async def _bound(self) -> Gateway:
         section = self._section.tls
         tls = Tls(section.cert_file, section.key_file) if section is not None else None
-        for attempt in range(BIND_ATTEMPTS):
+        for _ in range(BIND_ATTEMPTS):
             gateway = Gateway(self._models, self._section.listen, api_keys=self._section.api_keys, tls=tls)
             try:
                 await gateway.start()
-                break
-            except ConfigError:
-                if attempt == BIND_ATTEMPTS - 1:
-                    raise
+                return gateway
+            except ConfigError as error:
+                refused = error
                 await asyncio.sleep(BIND_PAUSE)
-        self._gateway = gateway
-        self._started.set()
+        raise refused
 
-    async def incarnation(self) -> str:
+    async def status(self) -> tuple[str, str]:
+        """(incarnation, why it cannot serve)."""
         await self._started.wait()
-        return self._incarnation
+        return self._incarnation, self._failure
 
     async def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int) -> None:
-        await self._started.wait()
-        assert self._gateway is not None
-        self._gateway.set_routes(model, routes, wanted)
+        if self._gateway is not None:
+            self._gateway.set_routes(model, routes, wanted)
 
     async def stop(self, grace: float) -> None:
         if self._gateway is not None:

@@ -63,7 +63,8 @@ class GatewayLink(Protocol):
     """The gateway, wherever it runs."""
 
     async def incarnation(self) -> str:
-        """Another value after every start of the gateway, which begins without routes."""
+        """Another value after every start of the gateway, which begins without routes. FlmError where it cannot
+        serve at all."""
         ...
 
     async def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int) -> None: ...

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from flm.cluster.group import ReplicaGroup
 from flm.cluster.ranks import GatewayLink
 from flm.cluster.router import ReplicaRoute
+from flm.worker.errors import FlmError
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class RouteFeed:
         self._gateway = gateway
         self._pushed: dict[str, tuple[list[ReplicaRoute], int]] = {}
         self._incarnation, self._next_ask = "", 0.0
+        self.ready, self.failure = False, ""  # whether the gateway answered last time; why it cannot serve
 
     async def push(self, groups: Iterable[ReplicaGroup], wanted: Mapping[str, int]) -> None:
         """Bring the gateway up to date; failures are tried again on the next call."""
@@ -35,8 +37,10 @@ class RouteFeed:
                 )
         try:
             await asyncio.wait_for(self._push(routes, wanted), PUSH_TIMEOUT)
+            self.ready, self.failure = True, ""
         except Exception as error:  # the gateway may be starting, or between two lives
             log.debug("routes not pushed: %r", error)
+            self.ready, self.failure = False, str(error) if isinstance(error, FlmError) else ""
             self._next_ask = 0.0
 
     async def _push(self, routes: Mapping[str, list[ReplicaRoute]], wanted: Mapping[str, int]) -> None:

@@ -66,8 +66,10 @@ class Endpoint:
     admin_key: str = ""
     ca_file: str = ""  # PEM of the gateway's certificate where it speaks TLS
     ray_address: str = ""
+    namespace: str = ""  # of the cluster's actors in Ray
+    run_root: str = ""
     head_session: int = 0  # process session of our own Ray head; 0 where the cluster joined another
-    head_dir: str = ""
+    head_folder: str = ""
     started: float = 0.0  # seconds since the epoch
 
 

@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from flm.cluster.cli import down, events, plan, replicas, status, up
 from flm.worker.errors import FlmError
 
 app = typer.Typer(
@@ -21,6 +22,20 @@ app = typer.Typer(
 @app.callback()
 def root() -> None:
     """Serve open-weight language models from one laptop CPU to many GPU nodes."""
+
+
+# In the order people meet them.
+for command in (
+    up.up,
+    down.down,
+    status.status,
+    replicas.scale,
+    replicas.drain,
+    replicas.restart,
+    events.events,
+    plan.plan,
+):
+    app.command()(command)
 
 
 def main() -> None:

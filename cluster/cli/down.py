@@ -1,0 +1,27 @@
+"""`flm-cluster down`: drain, then end every process of the cluster."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flm.cluster.cli.options import ClusterOption
+
+
+def down(
+    cluster: ClusterOption = "",
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds that running streams get to finish.")] = 30.0,
+) -> None:
+    """Drain the cluster's replicas and stop everything that `up` started."""
+    from flm.cluster.launch import drain_cluster, end_cluster
+    from flm.cluster.state import find_endpoint
+    from flm.worker.errors import FlmError
+
+    endpoint = find_endpoint(cluster)
+    try:
+        drain_cluster(endpoint, timeout)
+    except FlmError as error:
+        print(f"not drained: {error}")
+    end_cluster(endpoint)
+    print(f"{endpoint.name} is stopped")

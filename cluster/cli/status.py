@@ -1,0 +1,100 @@
+"""`flm-cluster status`: a table people can read, or JSON that scripts can."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flm.cluster.cli.options import AdminOption, ClusterOption, KeyOption, admin_client
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flm.proto import flm_pb2
+
+
+def status(
+    cluster: ClusterOption = "",
+    address: AdminOption = "",
+    api_key: KeyOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Show models, replicas and ranks."""
+    with admin_client(cluster, address, api_key) as client:
+        found = client.status()
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+
+        plain = MessageToDict(
+            found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        print(json.dumps(plain, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(
+        f"[bold]{found.name}[/]  up {duration(found.uptime)}, gateway {found.gateway_address}, ", end=""
+    )
+    console.print(f"admin {found.admin_address}, controller restarts {found.controller_restarts}")
+    if not found.gateway_ready:
+        console.print(f"[red]the gateway does not answer[/] {found.gateway_message}")
+    console.print(table(found))
+    for model in found.models:
+        for replica in model.replicas:
+            if replica.message:
+                console.print(f"{replica.replica_id}: {replica.message}", soft_wrap=True)
+
+
+def table(found: flm_pb2.ClusterStatus) -> Table:
+    """One row per replica; models without any get one too."""
+    from rich.table import Table
+
+    from flm.cluster.units import format_bytes
+    from flm.proto import flm_pb2
+
+    made = Table()
+    for heading in (
+        "model",
+        "ready",
+        "replica",
+        "state",
+        "ranks",
+        "memory",
+        "running",
+        "waiting",
+        "KV used",
+        "restarts",
+    ):
+        made.add_column(heading)
+    for model in found.models:
+        ready = f"{model.ready_replicas}/{model.wanted_replicas}"
+        for replica in model.replicas:
+            load = replica.load
+            used = 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0
+            made.add_row(
+                model.name,
+                ready,
+                replica.replica_id,
+                flm_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower(),
+                str(len(replica.ranks)),
+                format_bytes(sum(rank.resident_bytes for rank in replica.ranks)),
+                str(load.running),
+                str(load.waiting),
+                f"{used:.0%}",
+                str(replica.restarts),
+            )
+        if not model.replicas:
+            made.add_row(model.name, ready)
+    return made
+
+
+def duration(seconds: float) -> str:
+    """ "2 h 5 min", "3 min 20 s" or "12 s"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

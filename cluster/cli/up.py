@@ -1,0 +1,168 @@
+"""`flm-cluster up`: check, plan, start, watch it load, say where it is."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flm.worker.errors import DoesNotFit, FlmError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flm.cluster.launch import Checked
+    from flm.cluster.plan import Plan
+    from flm.cluster.state import Endpoint
+
+
+def up(
+    file: Annotated[Path, typer.Argument(help="The cluster.yaml.")],
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it serves.")] = False,
+) -> None:
+    """Serve what FILE describes. In the foreground, Ctrl-C drains and stops it."""
+    from rich.console import Console
+
+    from flm.cluster.launch import check_file, end_cluster
+
+    console = Console(highlight=False)
+    began = time.monotonic()
+    checked = check_file(file)
+    endpoint: Endpoint | None = None
+    with _interrupts():
+        try:
+            endpoint = _start(checked, console)
+            _await_ready(checked, endpoint, console)
+        except BaseException as error:
+            if endpoint is not None:
+                end_cluster(endpoint)
+            if isinstance(error, KeyboardInterrupt):
+                console.print("Interrupted; nothing is left running.")
+                raise typer.Exit(130) from None
+            raise
+        _say_where(endpoint, console, time.monotonic() - began, detach)
+        if not detach:
+            _stay(checked, endpoint, console)
+
+
+class _interrupts:
+    """SIGTERM means what Ctrl-C does."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, _interrupt)
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _start(checked: Checked, console: Console) -> Endpoint:
+    """Ray imports while the plan is made, and starts once the plan fits."""
+    from flm.cluster import launch
+    from flm.cluster.ray_head import StartingHead
+
+    address = checked.config.ray.address
+    head = StartingHead() if address == "local" else None
+    try:
+        hardware = launch.joined_hardware(address) if head is None else None
+        plan = launch.check_plan(checked.config, hardware)
+        _refuse_misfit(plan, console)
+        if head is not None:
+            head.go()
+        warming = launch.start_warming()
+        if warming is not None:
+            with console.status("Compiling the CPU kernels: up to a minute, once per machine and version"):
+                launch.finish_warming(warming)
+        with console.status("Starting Ray"):
+            running = head.wait() if head is not None else None
+            return launch.start_cluster(checked, plan, running.address if running else address, running)
+    except BaseException:
+        if head is not None:
+            head.stop()
+        raise
+
+
+def _refuse_misfit(plan: Plan, console: Console) -> None:
+    if plan.fits and not plan.obstacles:
+        return
+    if not plan.fits:
+        console.print(plan.table())
+    raise DoesNotFit("; ".join((*plan.problems, *plan.obstacles)))
+
+
+def _await_ready(checked: Checked, endpoint: Endpoint, console: Console) -> None:
+    """Draw a bar for each rank until all replicas and the gateway are ready. FlmError where one fails."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    from flm.cluster.admin_client import AdminClient
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[tuple[str, int], TaskID] = {}
+    wait = 60.0  # the controller's process imports for seconds on a busy machine
+    with (
+        AdminClient(endpoint.admin, endpoint.admin_key, wait) as client,
+        Progress(*columns, console=console) as bars,
+    ):
+        while True:
+            status = client.status()
+            replicas = [replica for model in status.models for replica in model.replicas]
+            for replica in replicas:
+                for rank in replica.ranks:
+                    key = (replica.replica_id, rank.rank)
+                    if key not in tasks:
+                        name = f"{replica.replica_id} rank {rank.rank}"
+                        tasks[key] = bars.add_task(name, total=1.0)
+                    bars.update(tasks[key], completed=rank.load_fraction)
+                if replica.message:
+                    raise FlmError(f"replica {replica.replica_id} failed: {replica.message}")
+            if status.gateway_message:
+                raise FlmError(f"the gateway failed: {status.gateway_message}")
+            if status.gateway_ready and all(m.ready_replicas >= m.wanted_replicas for m in status.models):
+                return
+            time.sleep(0.1)
+
+
+def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: bool) -> None:
+    console.print(f"[bold green]{endpoint.name} serves[/] after {seconds:.1f} s")
+    console.print(f"  gateway  {endpoint.gateway}  (gRPC flm.v1.Inference, reflection, health)")
+    console.print(f"  admin    {endpoint.admin}  (gRPC flm.v1.Admin)")
+    console.print("Next: flm-cluster chat · flm-cluster status · flm-cluster scale MODEL N · ", end="")
+    console.print("flm-cluster down" if detach else "Ctrl-C to drain and stop")
+
+
+def _stay(checked: Checked, endpoint: Endpoint, console: Console) -> None:
+    """Show events until interrupted; then drain and stop. A second interrupt does not wait for the drain."""
+    from flm.cluster.admin_client import AdminClient
+    from flm.cluster.cli.events import describe
+    from flm.cluster.launch import drain_cluster, end_cluster
+    from flm.worker.errors import Unavailable
+
+    try:
+        while True:
+            try:
+                with AdminClient(endpoint.admin, endpoint.admin_key) as client:
+                    for event in client.events(replay=False):
+                        console.print(describe(event))
+            except Unavailable:
+                time.sleep(1.0)  # the controller is being restarted
+    except KeyboardInterrupt:
+        console.print("Draining; Ctrl-C again stops at once.")
+    try:
+        drain_cluster(endpoint, max(model.drain_timeout for model in checked.config.models))
+    except (KeyboardInterrupt, Unavailable) as error:
+        console.print(f"Not drained: {error or 'interrupted'}")
+    finally:
+        end_cluster(endpoint)
+    console.print("Stopped.")

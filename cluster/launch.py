@@ -1,0 +1,211 @@
+"""From a cluster.yaml to a cluster that serves, step by step, and back. Prints nothing: `up` and `down` do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from flm.cluster.admin_client import AdminClient
+from flm.cluster.config import ClusterConfig, load_config, refuse_unserved
+from flm.cluster.hardware import Hardware, measure_hardware
+from flm.cluster.hardware import Node as PlannedNode
+from flm.cluster.plan import Plan, plan_cluster
+from flm.cluster.ray_head import RayHead, end_head, is_running, usable_cpus
+from flm.cluster.state import (
+    ClusterSpec,
+    Desired,
+    Endpoint,
+    ModelFacts,
+    forget,
+    load_endpoint,
+    save_endpoint,
+    state_dir,
+)
+from flm.worker.errors import ConfigError, FlmError, Unavailable
+
+STOP_SECONDS = 15.0  # for ranks to end once they have drained
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file that may be started."""
+
+    config: ClusterConfig
+    file: str
+    text: str
+
+
+def check_file(file: Path) -> Checked:
+    """Everything that can be known without reading a checkpoint. ConfigError; nothing has been started."""
+    config = load_config(file)
+    refuse_unserved(config, str(file))
+    running = load_endpoint(config.name)
+    if running is not None:
+        if _alive(running):
+            raise ConfigError(
+                f"cluster {config.name!r} is running already; expected another name, or `flm-cluster down` first",
+                file=str(file),
+                field="name",
+            )
+        end_cluster(running)  # left over from a crash or a reboot
+    for field, listen in (("gateway.listen", config.gateway.listen), ("admin.listen", config.admin.listen)):
+        check_port(listen, field, str(file))
+    cpus = usable_cpus()
+    for index, model in enumerate(config.models):
+        if config.ray.address == "local" and model.tensor_parallel > cpus:
+            raise ConfigError(
+                f"{model.tensor_parallel} ranks are larger than the machine; expected at most its {cpus} cores",
+                file=str(file),
+                field=f"models[{index}].tensor_parallel",
+            )
+    return Checked(config, str(file.absolute()), file.read_text(encoding="utf-8"))
+
+
+def check_port(listen: str, field: str, file: str) -> None:
+    """ConfigError unless `listen` could be bound now."""
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, int(port)))
+    except OSError as error:
+        reason = (
+            "the port is taken by another program" if error.errno == errno.EADDRINUSE else str(error.strerror)
+        )
+        raise ConfigError(
+            f"cannot listen on {listen}: {reason}; expected a free port", file=file, field=field
+        ) from None
+
+
+def check_plan(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
+    """The plan on the hardware there is. CheckpointError, ConfigError; whether it fits is the plan's to say."""
+    return plan_cluster(config, hardware or measure_hardware())
+
+
+def facts_of(plan: Plan, config: ClusterConfig) -> dict[str, ModelFacts]:
+    return {
+        model.name: ModelFacts(
+            rank_memory=max((rank.total_bytes for rank in model.ranks), default=0),
+            max_context=model.max_context,
+            architecture=model.architecture,
+            precision=model.precision,
+        )
+        for model in plan.models
+    }
+
+
+def start_warming() -> subprocess.Popen[bytes] | None:
+    """Compile the CPU kernels in a process of their own; None where the cache has them."""
+    from flm.kernels.cpu.configure import is_cached
+
+    if is_cached():
+        return None
+    code = "import sys; from flm.kernels.cpu.backend import warm; warm(int(sys.argv[1]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(usable_cpus())],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish_warming(warming: subprocess.Popen[bytes]) -> None:
+    """FlmError with what the compiler, or OpenMP's absence, had to say."""
+    _, said = warming.communicate()
+    if warming.returncode:
+        lines = said.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise FlmError(f"the CPU kernels cannot be compiled: {lines[-1]}")
+
+
+def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | None) -> Endpoint:
+    """Create the controller and the gateway on the Ray cluster at `address`. From now on `end_cluster` undoes it."""
+    from flm.cluster import actors
+
+    config, name = checked.config, checked.config.name
+    run_id = uuid.uuid4().hex[:8]
+    replicas = {model.name: model.replicas.start for model in config.models}
+    spec = ClusterSpec(
+        name=name,
+        namespace=f"flm-{name}-{run_id}",
+        folder=str(state_dir(name) / run_id),
+        run_root=f"{_shared_memory()}/flm-run-{run_id}",
+        desired=Desired(checked.text, checked.file, replicas, facts_of(plan, config)),
+    )
+    endpoint = Endpoint(
+        name=name,
+        gateway=config.gateway.listen,
+        admin=config.admin.listen,
+        gateway_key=next(iter(config.gateway.api_keys), ""),
+        admin_key=next(iter(config.admin.api_keys), ""),
+        ca_file=config.gateway.tls.cert_file if config.gateway.tls else "",
+        ray_address=address,
+        namespace=spec.namespace,
+        run_root=spec.run_root,
+        head_session=head.session if head else 0,
+        head_folder=head.folder if head else "",
+        started=time.time(),
+    )
+    save_endpoint(endpoint)
+    actors.start_cluster(address, spec)
+    return endpoint
+
+
+def joined_hardware(address: str) -> Hardware:
+    """The nodes of a Ray cluster that runs already."""
+    from flm.cluster import actors
+
+    nodes = actors.nodes_at(address)
+    return Hardware(tuple(PlannedNode(n.name, n.cpus, n.memory, 0.0, n.gpus) for n in nodes), measured=True)
+
+
+def end_cluster(endpoint: Endpoint) -> None:
+    """End every process of a cluster, whatever state it is in, and forget it."""
+    head = head_of(endpoint)
+    if head is not None:
+        end_head(head)
+    elif endpoint.ray_address:
+        from flm.cluster import actors
+
+        actors.end_cluster(endpoint.ray_address, endpoint.namespace)
+    if endpoint.run_root:
+        shutil.rmtree(endpoint.run_root, ignore_errors=True)
+    forget(endpoint.name)
+
+
+def drain_cluster(endpoint: Endpoint, timeout: float) -> None:
+    """Let all streams finish, at most `timeout` seconds. Unavailable where the controller does not answer."""
+    with AdminClient(endpoint.admin, endpoint.admin_key) as client:
+        client.shutdown(timeout + STOP_SECONDS)
+
+
+def head_of(endpoint: Endpoint) -> RayHead | None:
+    if not endpoint.head_session:
+        return None
+    return RayHead(endpoint.ray_address, endpoint.head_folder, endpoint.head_session)
+
+
+def _alive(endpoint: Endpoint) -> bool:
+    head = head_of(endpoint)
+    if head is not None:
+        return is_running(head)
+    try:
+        with AdminClient(endpoint.admin, endpoint.admin_key, wait=2.0) as client:
+            return bool(client.status().name)
+    except Unavailable:
+        return False
+
+
+def _shared_memory() -> str:
+    """Where ranks exchange activations: in memory where the system has a file system for that."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()

@@ -80,6 +80,9 @@ def _require_openmp(numba: Any) -> None:
 
     if not _launched():
         numba.config.THREADING_LAYER = "omp"
+        # A thread that finds no work spins about 10 µs, then sleeps. libgomp's default of milliseconds costs a step 50
+        # times its length as soon as another process wants a core. Read once, when libgomp is loaded.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         try:
             parallel._launch_threads()
         except ValueError as error:

@@ -38,7 +38,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/flm-cluster chat --cluster demo --stats --max-tokens 128 '$(QUESTION)'
 	@echo
 	@$(BIN)/flm-cluster status --cluster demo
-	@echo 'Talk to it: $(BIN)/flm-cluster chat        Stop it: $(BIN)/flm-cluster down demo'
+	@echo 'Talk to it: $(BIN)/flm-cluster chat        Stop it: $(BIN)/flm-cluster down --cluster demo'
 
 test: lint types unit wheel
 

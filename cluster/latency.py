@@ -6,16 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PERCENTILES = (50, 90, 99)
-
 
 @dataclass(frozen=True)
 class Sample:
-    """One finished request: when it was sent, when each of its frames with tokens came, and how many tokens each had.
-    The counts are those of the server's usage."""
+    """One finished request: when it was sent, and when each of its frames came with how many tokens. The other counts
+    are those of the server's usage."""
 
     sent: float
-    arrivals: tuple[float, ...]
+    arrivals: tuple[tuple[float, int], ...]
     tokens: int
     prompt_tokens: int = 0
     restarts: int = 0
@@ -23,12 +21,13 @@ class Sample:
     @property
     def first_token(self) -> float:
         """Seconds to the first token; nan where none came."""
-        return self.arrivals[0] - self.sent if self.arrivals else math.nan
+        return self.arrivals[0][0] - self.sent if self.arrivals else math.nan
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between frames, as a reader sees them."""
-        return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        """Seconds per token after the first frame; tokens of one frame share the wait for it."""
+        pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
+        return [(after - before) / count for (before, _), (after, count) in pairs for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ def distribution(values: Sequence[float]) -> Distribution:
     ordered = sorted(values)
     if not ordered:
         return Distribution(math.nan, math.nan, math.nan, math.nan)
-    ranked = [ordered[max(math.ceil(p / 100 * len(ordered)) - 1, 0)] for p in PERCENTILES]
-    return Distribution(*ranked, sum(ordered) / len(ordered))
+    p50, p90, p99 = (ordered[max(math.ceil(p / 100 * len(ordered)) - 1, 0)] for p in (50, 90, 99))
+    return Distribution(p50, p90, p99, sum(ordered) / len(ordered))
 
 
 def summarize(samples: Sequence[Sample], failed: int, concurrency: int, seconds: float) -> Report:

@@ -24,7 +24,10 @@ def test_no_samples_give_nan_not_an_error() -> None:
 
 
 def test_figures_of_two_requests() -> None:
-    samples = [Sample(1.0, (1.5, 1.6, 1.8), 4, 10), Sample(2.0, (2.1,), 1, 20, restarts=1)]
+    samples = [
+        Sample(1.0, ((1.5, 1), (1.6, 1), (2.0, 2)), 4, 10),
+        Sample(2.0, ((2.1, 1),), 1, 20, restarts=1),
+    ]
     report = summarize(samples, failed=0, concurrency=2, seconds=2.0)
     assert report.time_to_first_token.p50 == pytest.approx(0.1)
     assert report.time_to_first_token.p99 == pytest.approx(0.5)

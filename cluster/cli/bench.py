@@ -1,0 +1,141 @@
+"""`flm-cluster bench`: load on a gateway, and what its clients see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flm.cluster.cli import gateway_call as options
+from flm.cluster.cli.options import ClusterOption
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flm.cluster.latency import Report, Sample
+
+
+def bench(
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Streams at once.")] = 1,
+    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="Requests in all.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, drawn at random.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 128,
+    model: options.Model = "",
+    as_json: options.AsJson = False,
+    cluster: ClusterOption = "",
+    address: options.Address = "",
+    api_key: options.ApiKey = "",
+) -> None:
+    """Measure time to first token, inter-token latency and throughput. Prompts differ, so no prefix is cached."""
+    from rich.console import Console
+
+    from flm.proto import flm_pb2
+
+    target = options.find_target(cluster, address, api_key)
+    with options.open_stub(target) as stub:
+        info = stub.GetModelInfo(flm_pb2.GetModelInfoRequest(model=model), metadata=target.metadata)
+    drawn = random.Random(0)
+    sampling = flm_pb2.SamplingOptions(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    prompts = [[drawn.randrange(info.vocab_size) for _ in range(prompt_tokens)] for _ in range(requests + 1)]
+    work = [
+        flm_pb2.GenerateRequest(model=model, prompt_ids=flm_pb2.TokenIds(ids=ids), sampling=sampling)
+        for ids in prompts
+    ]
+    report, errors = asyncio.run(_load(target, work[0], work[1:], concurrency))
+    if as_json:
+        print(json.dumps(_without_nan(asdict(report)) | {"errors": errors}))
+    else:
+        Console().print(_table(report))
+        for error, count in errors.items():
+            print(f"{count} × {error}")
+    if report.failed:
+        raise typer.Exit(1)
+
+
+async def _load(
+    target: options.Target, warm_up: Any, work: list[Any], concurrency: int
+) -> tuple[Report, dict[str, int]]:
+    """Run `work` with that many streams at once, after one request that is not counted."""
+    import grpc
+    import grpc.aio
+
+    from flm.cluster.grpc_errors import from_rpc_error
+    from flm.cluster.latency import summarize
+    from flm.cluster.listen import CHANNEL_OPTIONS
+    from flm.proto import flm_pb2_grpc
+
+    errors: dict[str, int] = {}
+    samples: list[Sample] = []
+    secure = target.credentials()
+    channel = (
+        grpc.aio.secure_channel(target.address, secure, CHANNEL_OPTIONS)
+        if secure
+        else grpc.aio.insecure_channel(target.address, CHANNEL_OPTIONS)
+    )
+    async with channel:
+        stub = flm_pb2_grpc.InferenceStub(channel)
+        try:
+            await _one(stub, target, warm_up)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        queue = iter(work)
+
+        async def stream() -> None:
+            for request in queue:
+                try:
+                    samples.append(await _one(stub, target, request))
+                except grpc.aio.AioRpcError as error:
+                    message = str(from_rpc_error(error))
+                    errors[message] = errors.get(message, 0) + 1
+
+        began = time.perf_counter()
+        await asyncio.gather(*(stream() for _ in range(concurrency)))
+        seconds = time.perf_counter() - began
+    return summarize(samples, sum(errors.values()), concurrency, seconds), errors
+
+
+async def _one(stub: Any, target: options.Target, request: Any) -> Sample:
+    from flm.cluster.latency import Sample
+
+    sent, arrivals, usage, restarts = time.perf_counter(), [], None, 0
+    async for frame in stub.Generate(request, metadata=target.metadata):
+        if frame.token_ids:
+            arrivals.append((time.perf_counter(), len(frame.token_ids)))
+        restarts = frame.restarts
+        usage = frame.usage if frame.finish_reason else usage
+    assert usage is not None, "the gateway ends every stream with its usage"
+    return Sample(sent, tuple(arrivals), usage.completion_tokens, usage.prompt_tokens, restarts)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no nan: what was not measured is null."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _table(report: Report) -> Table:
+    from rich.table import Table
+
+    title = (
+        f"{report.requests} requests, {report.concurrency} at once, {report.seconds:.2f} s: "
+        f"{report.tokens_per_second:,.1f} tokens/s, {report.failed} failed"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("milliseconds", "p50", "p90", "p99", "mean"):
+        table.add_column(heading, justify="left" if heading == "milliseconds" else "right")
+    rows = {
+        "time to first token": report.time_to_first_token,
+        "inter-token latency": report.inter_token_latency,
+    }
+    for name, found in rows.items():
+        table.add_row(
+            name, *(f"{1000 * value:.1f}" for value in (found.p50, found.p90, found.p99, found.mean))
+        )
+    return table

@@ -122,7 +122,7 @@ def measure_hardware() -> Hardware:
     No GPUs are looked for: this release computes on CPUs.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    node = Node("this machine", cpus, psutil.virtual_memory().available, _copy_bandwidth(min(cpus, 16)))
+    node = Node("localhost", cpus, psutil.virtual_memory().available, _copy_bandwidth(min(cpus, 16)))
     return Hardware((node,), measured=True)
 
 

@@ -20,7 +20,7 @@ from flm.cluster.shapes import Shapes, read_shapes
 from flm.cluster.units import format_bytes
 from flm.worker.errors import DoesNotFit
 
-COLUMNS = ("model", "rank", "node", "weights", "KV cache", "KV tokens", "sequences", "tokens/s ≤")
+COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s ≤")
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,20 @@ class Plan:
             raise DoesNotFit("; ".join(self.problems + self.obstacles))
 
     def table(self) -> Table:
-        """A table for people: one row per rank."""
+        """A table for people: one row per rank; what concerns a whole replica stands at its rank 0."""
         source = "measured here" if self.hardware.measured else "as named in the file"
-        table = Table(title=f"Plan: estimates for hardware {source}", title_justify="left")
+        models = [f"{m.name} {m.parameters / 1e9:.4g}B {m.precision}" for m in self.models]
+        title = f"Plan for hardware {source}; all figures are estimates. {', '.join(models)}"
+        table = Table(title=title, title_justify="left")
         for heading in COLUMNS:
-            table.add_column(heading, justify="left" if heading in COLUMNS[:3] else "right")
+            table.add_column(heading, justify="left" if heading in COLUMNS[:3] else "right", no_wrap=True)
         for model in self.models:
             speed = f"{model.tokens_per_second:,.0f}" if model.tokens_per_second else "?"
-            whole = (f"{model.kv_tokens:,}", f"{model.concurrency} × {model.max_context:,}", speed)
-            name = f"{model.name} ({model.parameters / 1e9:.4g}B {model.precision})"
+            whole = (f"{model.kv_tokens:,}", f"{model.concurrency}×{model.max_context:,}", speed)
             for rank in model.ranks:
                 first = rank.rank == 0
                 table.add_row(
-                    name if first and rank.replica == 0 else "",
+                    model.name if first and rank.replica == 0 else "",
                     f"{rank.replica}.{rank.rank}",
                     f"{rank.node} {rank.device}" if rank.node else "nowhere",
                     format_bytes(rank.weight_bytes),

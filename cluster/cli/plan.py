@@ -30,6 +30,6 @@ def plan(
         for obstacle in made.obstacles:
             console.print(f"up would stop: {obstacle}", style="yellow", highlight=False, soft_wrap=True)
         if made.fits:
-            console.print("It fits.", style="green")
+            console.print("It fits that hardware.", style="green")
     if not made.fits:
         raise typer.Exit(1)

@@ -35,7 +35,7 @@ class Metronome:
     state, failure, step = "ready", "", 0
 
     def __init__(self, steps_per_second: float) -> None:
-        self._pause = 1 / steps_per_second if steps_per_second else 0.0
+        self._pause = 1 / steps_per_second if steps_per_second else 0.0002
         self._live: dict[str, list[int]] = {}  # id → tokens done, tokens wanted
         self._wake = threading.Event()
 
@@ -72,10 +72,8 @@ class Metronome:
                 continue
             self.step += 1
             on_events(events)
-            if self._pause:
+            if self._live:
                 time.sleep(self._pause)
-            else:
-                time.sleep(0.0002)
 
 
 def replica_process(pipe: Connection, steps_per_second: float) -> None:

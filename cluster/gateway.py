@@ -16,7 +16,6 @@ from grpc_reflection.v1alpha import reflection
 
 from flm.cluster.inference import Inference
 from flm.cluster.listen import Tls, bind, create_server
-from flm.cluster.replica_link import Pace
 from flm.cluster.router import ReplicaRoute
 from flm.cluster.served_model import LoadedModel, ServedModel
 from flm.proto import flm_pb2, flm_pb2_grpc
@@ -61,7 +60,6 @@ class Gateway:
         self._specs = tuple(models)
         self._listen, self._tls, self._api_keys = listen, tls, tuple(api_keys)
         self._load = load
-        self._pace = Pace()
         self._models: dict[str, LoadedModel] = {}
         self._inference = Inference(self._models, replica_wait)
         self._health = health.aio.HealthServicer()
@@ -73,9 +71,7 @@ class Gateway:
         bound, CheckpointError where a tokenizer cannot be read: nothing is left running then."""
         for spec in self._specs:
             tokenizer = await asyncio.to_thread(self._load, spec.path)
-            self._models[spec.name] = LoadedModel(
-                spec, tokenizer, partial(self._publish, spec.name), self._pace
-            )
+            self._models[spec.name] = LoadedModel(spec, tokenizer, partial(self._publish, spec.name))
             await self._health.set(spec.name, health_pb2.HealthCheckResponse.NOT_SERVING)
         server = create_server(self._api_keys)
         address = bind(server, self._listen, self._tls)

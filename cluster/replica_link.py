@@ -1,15 +1,13 @@
 """One gateway's connection to one replica: a single call that carries all requests.
 
 Frames of a step arrive together. They wait in the inbox of their stream until its reader takes them, all at once: a
-stream whose client is slow gets fewer, longer frames. Under load every stream is paced on purpose, for each frame
-to a client costs far more than the token in it.
+stream whose client is slow gets fewer, longer frames.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Coroutine, Iterable
 
 import grpc
@@ -24,42 +22,22 @@ from flm.worker.errors import DeadlineExceeded
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 2.0
-FRAMES_PER_CORE = 200  # frames per second that one core may spend a few percent of its time on
-MAX_FRAMES = 8000  # frames per second that one event loop can send
 
 
 class Broken(Exception):
     """The connection ended before the stream did."""
 
 
-class Pace:
-    """How often a stream's reader is woken. Few streams: for every step. Many: so that all streams together
-    make at most `frames_per_second`. First and last frames are never held back."""
-
-    __slots__ = ("_frames_per_second", "streams")
-
-    def __init__(self, frames_per_second: float | None = None) -> None:
-        cores = len(os.sched_getaffinity(0))
-        self._frames_per_second = frames_per_second or min(cores * FRAMES_PER_CORE, MAX_FRAMES)
-        self.streams = 0
-
-    @property
-    def interval(self) -> float:
-        """Seconds between two frames of one stream."""
-        return self.streams / self._frames_per_second
-
-
 class Inbox:
     """Frames of one request that its reader has not taken yet."""
 
-    __slots__ = ("_waiter", "deadline_timer", "due", "error", "finished", "frames", "request_id")
+    __slots__ = ("_waiter", "deadline_timer", "error", "finished", "frames", "request_id")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.frames: list[flm_pb2.ReplicaFrame] = []
         self.error: Exception | None = None
         self.finished = False  # the replica has nothing more to say
-        self.due = 0.0  # loop time before which frames may wait
         self.deadline_timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -120,7 +98,7 @@ class _Call:
 class ReplicaLink:
     """ ""A channel to one replica and the call on it. `streams` counts who holds the link."""
 
-    def __init__(self, view: ReplicaView, pace: Pace) -> None:
+    def __init__(self, view: ReplicaView) -> None:
         self.view = view
         self.streams = 0
         self.retired = False  # the controller no longer names this replica; close after the last stream
@@ -128,10 +106,8 @@ class ReplicaLink:
         options = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
         self._channel = grpc.aio.insecure_channel(view.address, options=options)
         self._stub = flm_pb2_grpc.ReplicaStub(self._channel)
-        self._pace = pace
         self._inboxes: dict[str, Inbox] = {}
         self._call: _Call | None = None
-        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
     def connect(self) -> None:
@@ -167,7 +143,6 @@ class ReplicaLink:
             error = DeadlineExceeded("the deadline passed before the stream was complete")
             inbox.deadline_timer = self._loop.call_at(deadline, inbox.fail, error)
         self._inboxes[inbox.request_id] = inbox
-        self._pace.streams += 1
         call = self._current_call()
         call.commands.generate.append(request)
         call.send()
@@ -177,7 +152,6 @@ class ReplicaLink:
         """The reader has gone; what the replica still does for it is cancelled."""
         if inbox.deadline_timer is not None:
             inbox.deadline_timer.cancel()
-        self._pace.streams -= 1
         if self._inboxes.pop(inbox.request_id, None) and not inbox.finished:
             call = self._current_call()
             call.commands.cancel.append(inbox.request_id)
@@ -189,8 +163,6 @@ class ReplicaLink:
         tasks = [task for task in (reader, self.probe) if task is not None]
         for task in tasks:
             task.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._channel.close()
 
@@ -219,8 +191,6 @@ class ReplicaLink:
             self._inboxes.clear()
 
     def _dispatch(self, frames: Iterable[flm_pb2.ReplicaFrame]) -> None:
-        now, interval = self._loop.time(), self._pace.interval
-        held_back = False
         for frame in frames:
             inbox = self._inboxes.get(frame.request_id)
             if inbox is None:
@@ -229,26 +199,6 @@ class ReplicaLink:
                 inbox.finished = True
                 inbox.fail(from_status_bytes(frame.refusal))
                 continue
+            inbox.finished = frame.finish_reason != flm_pb2.FINISH_REASON_UNSPECIFIED
             inbox.frames.append(frame)
-            if frame.finish_reason:
-                inbox.finished = True
-                inbox.wake()
-            elif now >= inbox.due:
-                inbox.due = max(inbox.due + interval, now)
-                inbox.wake()
-            else:
-                held_back = True
-        if held_back and self._timer is None:
-            self._timer = self._loop.call_later(interval, self._wake_overdue)
-
-    def _wake_overdue(self) -> None:
-        """For frames that no later step has taken along."""
-        self._timer = None
-        now, interval = self._loop.time(), self._pace.interval
-        waiting = [inbox for inbox in self._inboxes.values() if inbox.frames and not inbox.finished]
-        for inbox in waiting:
-            if now >= inbox.due:
-                inbox.due = max(inbox.due + interval, now)
-                inbox.wake()
-        if any(inbox.due > now for inbox in waiting):
-            self._timer = self._loop.call_later(interval, self._wake_overdue)
+            inbox.wake()

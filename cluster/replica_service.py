@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ from flm.worker.errors import FlmError, InternalError, InvalidRequest, Unavailab
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
 log = logging.getLogger(__name__)
+
+FRAMES_PER_CORE = 100  # frames per second to clients: they cost gateway and client a few percent of the cores
+MAX_FRAMES = 8000  # frames per second that one gateway's event loop can send
 
 FINISH = {
     FinishReason.STOP: flm_pb2.FINISH_REASON_STOP,
@@ -46,24 +50,63 @@ class ServedReplica(Protocol):
 
 
 class _Connection:
-    """One gateway's call: its live requests, frames that are not sent yet, and whom to wake for them."""
+    """One gateway's call: its live requests, their events that are not sent yet, and when to send them.
 
-    def __init__(self) -> None:
-        self.live: set[str] = set()
-        self.frames: list[flm_pb2.ReplicaFrame] = []
+    With few streams that is at once. With many, every `live / frames_per_second` seconds: a frame costs gateway and
+    client far more than the tokens in it. A stream's first and last events, and refusals, take all others along.
+    """
+
+    def __init__(self, frames_per_second: float) -> None:
+        self.live: dict[str, bool] = {}  # request id → whether it had an event
+        self._events: dict[str, list[TokenEvent]] = {}
+        self._refusals: list[flm_pb2.ReplicaFrame] = []
+        self._frames_per_second = frames_per_second
+        self._due = 0.0  # loop time
+        self._timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def add(self, event: TokenEvent) -> bool:
+        """Keep an event; whether it is urgent."""
+        request_id = event.request_id
+        self._events.setdefault(request_id, []).append(event)
+        if event.finish_reason is None and self.live[request_id]:
+            return False
+        self.live[request_id] = True
+        return True
+
+    def refuse(self, request_id: str, error: FlmError) -> None:
+        refusal = to_status(error).SerializeToString()
+        self._refusals.append(flm_pb2.ReplicaFrame(request_id=request_id, refusal=refusal))
+        self.wake()
+
+    def wake_when_due(self) -> None:
+        delay = self._due - self._loop.time()
+        if delay <= 0:
+            self.wake()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(delay, self.wake)
 
     def wake(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take(self) -> list[flm_pb2.ReplicaFrame]:
-        """All frames since the last time, at least one."""
-        while not self.frames:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        frames, self.frames = self.frames, []
-        return frames
+    async def take(self) -> flm_pb2.ReplicaStep:
+        """All that is to be sent."""
+        self._waiter = self._loop.create_future()
+        if self._refusals or (self._events and self._loop.time() >= self._due):
+            self.wake()
+        elif self._events:
+            self.wake_when_due()
+        await self._waiter
+        refusals, self._refusals = self._refusals, []
+        events, self._events = self._events, {}
+        interval = len(self.live) / self._frames_per_second
+        self._due = max(self._due + interval, self._loop.time())
+        return flm_pb2.ReplicaStep(frames=[*refusals, *map(to_frame, events.values())])
 
 
 class ReplicaService(flm_pb2_grpc.ReplicaServicer):
@@ -74,6 +117,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self._replica_id = replica_id
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._frames_per_second = min(len(os.sched_getaffinity(0)) * FRAMES_PER_CORE, MAX_FRAMES)
         self.streams: dict[str, _Connection] = {}  # request id → whose it is
         replica.start(self._on_events)
 
@@ -83,20 +127,22 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
-        woken = set()
+        woken: dict[_Connection, bool] = {}  # whether one of its events is urgent
         for event in events:
             connection = self.streams.get(event.request_id)
             if connection is None:
                 continue  # its client has gone
-            connection.frames.append(to_frame(event))
+            woken[connection] = connection.add(event) or woken.get(connection, False)
             if event.finish_reason is not None:
                 self._forget(event.request_id)
-            woken.add(connection)
-        for connection in woken:
-            connection.wake()
+        for connection, urgent in woken.items():
+            if urgent:
+                connection.wake()
+            else:
+                connection.wake_when_due()
 
     def _forget(self, request_id: str) -> None:
-        self.streams.pop(request_id).live.discard(request_id)
+        del self.streams.pop(request_id).live[request_id]
 
     def close(self) -> None:
         """End every stream as lost; the gateway resumes them elsewhere."""
@@ -108,11 +154,11 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
     async def Generate(
         self, commands: AsyncIterator[flm_pb2.ReplicaCommands], context: grpc.aio.ServicerContext
     ) -> None:
-        connection = _Connection()
+        connection = _Connection(self._frames_per_second)
         reader = asyncio.create_task(self._obey(commands, connection))
         try:
             while True:
-                await context.write(flm_pb2.ReplicaStep(frames=await connection.take()))
+                await context.write(await connection.take())
         finally:
             reader.cancel()
             for request_id in list(connection.live):
@@ -135,7 +181,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             request = to_request(message)
             self.streams[request_id] = connection  # before submit: events may come at once
-            connection.live.add(request_id)
+            connection.live[request_id] = False
             try:
                 self._replica.submit(request)
             except BaseException:
@@ -145,9 +191,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             if not isinstance(error, FlmError):
                 log.exception("request %s failed", request_id)
                 error = InternalError(f"{type(error).__name__}: {error}")
-            refusal = to_status(error).SerializeToString()
-            connection.frames.append(flm_pb2.ReplicaFrame(request_id=request_id, refusal=refusal))
-            connection.wake()
+            connection.refuse(request_id, error)
 
     def _cancel(self, request_id: str) -> None:
         self._forget(request_id)
@@ -226,28 +270,28 @@ def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:
     )
 
 
-def to_frame(event: TokenEvent) -> flm_pb2.ReplicaFrame:
-    """The first event of a stream and the last one carry its usage."""
-    frame = flm_pb2.ReplicaFrame(request_id=event.request_id, token_ids=event.token_ids)
-    for entry in event.logprobs:
-        frame.logprobs.append(
-            flm_pb2.TokenLogprob(
-                token_id=entry.token_id,
-                logprob=entry.logprob,
-                top=[flm_pb2.TopLogprob(token_id=t, logprob=p) for t, p in entry.top],
+def to_frame(events: list[TokenEvent]) -> flm_pb2.ReplicaFrame:
+    """One frame for `events`, which are of one request and in order. The first frame of a stream and the last
+    one carry its usage."""
+    last = events[-1]
+    token_ids = last.token_ids if len(events) == 1 else [t for event in events for t in event.token_ids]
+    frame = flm_pb2.ReplicaFrame(request_id=last.request_id, token_ids=token_ids)
+    for event in events:
+        for entry in event.logprobs:
+            top = [flm_pb2.TopLogprob(token_id=t, logprob=p) for t, p in entry.top]
+            frame.logprobs.append(
+                flm_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top)
             )
-        )
-    reason = event.finish_reason
-    if reason is not None or event.completion_tokens == len(event.token_ids):
-        frame.usage.prompt_tokens = event.prompt_tokens
-        frame.usage.cached_tokens = event.cached_tokens
-        frame.usage.completion_tokens = event.completion_tokens
-    if reason is not None:
-        frame.finish_reason = FINISH[reason]
-        frame.error = event.error
-        if event.stop_token_id is not None:
-            frame.stop_token_id = event.stop_token_id
-        frame.timings.queue = event.timings.queue
-        frame.timings.prefill = event.timings.prefill
-        frame.timings.decode = event.timings.decode
+    if last.finish_reason is not None or last.completion_tokens == len(token_ids):
+        frame.usage.prompt_tokens = last.prompt_tokens
+        frame.usage.cached_tokens = last.cached_tokens
+        frame.usage.completion_tokens = last.completion_tokens
+    if last.finish_reason is not None:
+        frame.finish_reason = FINISH[last.finish_reason]
+        frame.error = last.error
+        if last.stop_token_id is not None:
+            frame.stop_token_id = last.stop_token_id
+        frame.timings.queue = last.timings.queue
+        frame.timings.prefill = last.timings.prefill
+        frame.timings.decode = last.timings.decode
     return frame

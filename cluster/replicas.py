@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from flm.cluster.replica_link import Pace, ReplicaLink
+from flm.cluster.replica_link import ReplicaLink
 from flm.cluster.router import ReplicaRoute, ReplicaView, Router
 from flm.worker.errors import Unavailable
 
@@ -19,11 +19,10 @@ RETRY_AFTER = 1.0
 class Replicas:
     """All replicas of `model`. `on_change` is called when the number of ready ones may have changed."""
 
-    def __init__(self, model: str, on_change: Callable[[], None], pace: Pace) -> None:
+    def __init__(self, model: str, on_change: Callable[[], None]) -> None:
         self.model = model
         self.router = Router()
         self._on_change = on_change
-        self._pace = pace
         self._links: dict[ReplicaView, ReplicaLink] = {}
         self._waiters: set[asyncio.Future[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -33,7 +32,7 @@ class Replicas:
         self.router.update(routes)
         current = set(self.router.replicas.values())
         for view in current - self._links.keys():
-            self._links[view] = ReplicaLink(view, self._pace)
+            self._links[view] = ReplicaLink(view)
         for view in self._links.keys() - current:
             self._links[view].retired = True
             self._close_if_unused(self._links[view])

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flm.cluster.replica_link import Pace
 from flm.cluster.replicas import Replicas
 from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2
@@ -28,14 +27,12 @@ class ServedModel:
 class LoadedModel:
     """A served model with its tokenizer and template read."""
 
-    def __init__(
-        self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None], pace: Pace
-    ) -> None:
+    def __init__(self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None]) -> None:
         self.spec, self.tokenizer = spec, tokenizer
         self.template = ChatTemplate(
             tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
         )
-        self.replicas = Replicas(spec.name, on_change, pace)
+        self.replicas = Replicas(spec.name, on_change)
         self.wanted = 0
         self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(self._token_text)
 

@@ -79,7 +79,7 @@ class Plan:
         source = "measured here" if self.hardware.measured else "as named in the file"
         models = [f"{m.name} {m.parameters / 1e9:.4g}B {m.precision}" for m in self.models]
         title = f"Plan for hardware {source}; all figures are estimates. {', '.join(models)}"
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in COLUMNS:
             table.add_column(heading, justify="left" if heading in COLUMNS[:3] else "right", no_wrap=True)
         for model in self.models:

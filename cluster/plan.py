@@ -21,7 +21,7 @@ from flm.cluster.shapes import Shapes, read_shapes
 from flm.cluster.units import format_bytes
 from flm.worker.errors import DoesNotFit
 
-COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s ≤")
+COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s")
 
 
 @dataclass(frozen=True)

@@ -67,14 +67,16 @@ class Gateway:
         self._publishing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
-        """Load tokenizers, bind and serve; the bound host:port. ConfigError where the address cannot be
+        """Bind, load tokenizers and serve; the bound host:port. ConfigError where the address cannot be
         bound, CheckpointError where a tokenizer cannot be read: nothing is left running then."""
-        for spec in self._specs:
-            tokenizer = await asyncio.to_thread(self._load, spec.path)
-            self._models[spec.name] = LoadedModel(spec, tokenizer, partial(self._publish, spec.name))
-            await self._health.set(spec.name, health_pb2.HealthCheckResponse.NOT_SERVING)
         server = create_server(self._api_keys)
         address = bind(server, self._listen, self._tls)
+        try:
+            for spec in self._specs:
+                await self._add(spec)
+        except BaseException:
+            await server.stop(None)
+            raise
         flm_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(SERVICES, server)
@@ -82,6 +84,11 @@ class Gateway:
         self._server = server
         log.info("gateway listens on %s", address)
         return address
+
+    async def _add(self, spec: ServedModel) -> None:
+        tokenizer = await asyncio.to_thread(self._load, spec.path)
+        self._models[spec.name] = LoadedModel(spec, tokenizer, partial(self._publish, spec.name))
+        await self._health.set(spec.name, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self, grace: float = 5.0) -> None:
         """Refuse new calls, give running ones `grace` seconds, then end them."""

@@ -1,0 +1,142 @@
+"""The Python client of a gateway for asyncio; `flm.cluster.client` has the blocking one and an example."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from flm.cluster.client_request import Endpoint, Message, Sampling, chat_request, generate_request
+from flm.cluster.grpc_errors import from_rpc_error
+from flm.cluster.listen import CHANNEL_OPTIONS
+from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.worker.errors import NotFound
+
+
+class AsyncStream(AsyncIterator[flm_pb2.GenerateFrame]):
+    """Frames of one call, as they come. Leaving an `async with` block or calling cancel() ends the work behind
+    it."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._frames = aiter(call)
+
+    async def __anext__(self) -> flm_pb2.GenerateFrame:
+        try:
+            frame: flm_pb2.GenerateFrame = await anext(self._frames)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return frame
+
+    async def texts(self) -> AsyncIterator[str]:
+        """Only the text; of all indices as they come, where n > 1."""
+        async for frame in self:
+            if frame.text:
+                yield frame.text
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class AsyncClient:
+    """Belongs to the event loop that made it. `timeout`s are seconds for the whole call, None: no limit.
+    `model` may be left out where a gateway serves only one."""
+
+    def __init__(self, address: str, *, api_key: str = "", ca_file: str = "") -> None:
+        endpoint = Endpoint(address, api_key, ca_file)
+        credentials = endpoint.credentials()
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS)
+        self._metadata = endpoint.metadata
+        self._stub = flm_pb2_grpc.InferenceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> AsyncStream:
+        """Continue a prompt, given as text or as token ids."""
+        request = generate_request(prompt, sampling, model)
+        return AsyncStream(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> AsyncStream:
+        """Answer a conversation; a string is one message of the user."""
+        request = chat_request(messages, sampling, model)
+        return AsyncStream(self._stub.Chat(request, timeout=timeout, metadata=self._metadata))
+
+    async def tokenize(
+        self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None
+    ) -> list[int]:
+        request = flm_pb2.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
+        return list((await self._call(self._stub.Tokenize, request, timeout)).ids)
+
+    async def detokenize(
+        self,
+        ids: Sequence[int],
+        *,
+        model: str = "",
+        skip_special_tokens: bool = True,
+        timeout: float | None = None,
+    ) -> str:
+        request = flm_pb2.DetokenizeRequest(model=model, ids=ids, skip_special_tokens=skip_special_tokens)
+        return str((await self._call(self._stub.Detokenize, request, timeout)).text)
+
+    async def models(self, *, timeout: float | None = None) -> list[flm_pb2.ModelInfo]:
+        """All models that the gateway serves, ready or not."""
+        return list((await self._call(self._stub.ListModels, flm_pb2.ListModelsRequest(), timeout)).models)
+
+    async def model_info(self, model: str = "", *, timeout: float | None = None) -> flm_pb2.ModelInfo:
+        request = flm_pb2.GetModelInfoRequest(model=model)
+        info: flm_pb2.ModelInfo = await self._call(self._stub.GetModelInfo, request, timeout)
+        return info
+
+    async def ready(self, model: str = "", *, timeout: float | None = 5.0) -> bool:
+        """Whether a replica of the model is ready; without a model, whether the gateway lives at all."""
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            answer = await self._call(stub.Check, health_pb2.HealthCheckRequest(service=model), timeout)
+        except NotFound:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def close(self) -> None:
+        """Ends all streams that are open."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _call(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
+        try:
+            return await method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None

@@ -1,0 +1,150 @@
+"""The Python client of a gateway.
+
+    from flm.cluster.client import Client, Sampling
+
+    with Client("127.0.0.1:50051") as client:
+        for text in client.chat("Why is the sky blue?", Sampling(max_tokens=64)).texts():
+            print(text, end="", flush=True)
+
+`AsyncClient` is the same with `async with`, `async for` and `await`. Every failure is an `FlmError`:
+`InvalidRequest` with the field, `Overloaded` and `Unavailable` with `retry_after` seconds, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from flm.cluster.async_client import AsyncClient, AsyncStream
+from flm.cluster.client_request import Endpoint, Message, Sampling, chat_request, generate_request
+from flm.cluster.grpc_errors import from_rpc_error
+from flm.cluster.listen import CHANNEL_OPTIONS
+from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.worker.errors import NotFound
+
+__all__ = ["AsyncClient", "AsyncStream", "Client", "Message", "Sampling", "Stream"]
+
+
+class Stream(Iterator[flm_pb2.GenerateFrame]):
+    """Frames of one call, as they come. Leaving a `with` block or calling cancel() ends the work behind it."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __next__(self) -> flm_pb2.GenerateFrame:
+        try:
+            frame: flm_pb2.GenerateFrame = next(self._call)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return frame
+
+    def texts(self) -> Iterator[str]:
+        """Only the text; of all indices as they come, where n > 1."""
+        return (frame.text for frame in self if frame.text)
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class Client:
+    """Blocking calls; safe to share between threads. `timeout`s are seconds for the whole call, None: no limit.
+    `model` may be left out where a gateway serves only one."""
+
+    def __init__(self, address: str, *, api_key: str = "", ca_file: str = "") -> None:
+        endpoint = Endpoint(address, api_key, ca_file)
+        credentials = endpoint.credentials()
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
+        self._metadata = endpoint.metadata
+        self._stub = flm_pb2_grpc.InferenceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Stream:
+        """Continue a prompt, given as text or as token ids."""
+        request = generate_request(prompt, sampling, model)
+        return Stream(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        sampling: Sampling | None = None,
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Stream:
+        """Answer a conversation; a string is one message of the user."""
+        request = chat_request(messages, sampling, model)
+        return Stream(self._stub.Chat(request, timeout=timeout, metadata=self._metadata))
+
+    def tokenize(
+        self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None
+    ) -> list[int]:
+        request = flm_pb2.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
+        return list(self._call(self._stub.Tokenize, request, timeout).ids)
+
+    def detokenize(
+        self,
+        ids: Sequence[int],
+        *,
+        model: str = "",
+        skip_special_tokens: bool = True,
+        timeout: float | None = None,
+    ) -> str:
+        request = flm_pb2.DetokenizeRequest(model=model, ids=ids, skip_special_tokens=skip_special_tokens)
+        return str(self._call(self._stub.Detokenize, request, timeout).text)
+
+    def models(self, *, timeout: float | None = None) -> list[flm_pb2.ModelInfo]:
+        """All models that the gateway serves, ready or not."""
+        return list(self._call(self._stub.ListModels, flm_pb2.ListModelsRequest(), timeout).models)
+
+    def model_info(self, model: str = "", *, timeout: float | None = None) -> flm_pb2.ModelInfo:
+        request = flm_pb2.GetModelInfoRequest(model=model)
+        info: flm_pb2.ModelInfo = self._call(self._stub.GetModelInfo, request, timeout)
+        return info
+
+    def ready(self, model: str = "", *, timeout: float | None = 5.0) -> bool:
+        """Whether a replica of the model is ready; without a model, whether the gateway lives at all."""
+        stub = health_pb2_grpc.HealthStub(self._channel)
+        try:
+            answer = self._call(stub.Check, health_pb2.HealthCheckRequest(service=model), timeout)
+        except NotFound:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        """Ends all streams that are open."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
+        try:
+            return method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None

@@ -170,7 +170,7 @@ class Rank:
 def open_backend(device: str, threads: int) -> Backend:
     """The backend of a device name. "reference" is the slow NumPy specification of every op."""
     if device == "cpu":
-        from flm.kernels.cpu import CpuBackend
+        from flm.kernels.cpu.backend import CpuBackend
 
         return CpuBackend(threads=threads)
     if device == "reference":

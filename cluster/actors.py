@@ -19,7 +19,6 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flm.cluster import ray_head
 from flm.cluster.loop_thread import LoopThread
 from flm.cluster.placement import RANKS_PER_CORE, Node
 from flm.cluster.rank_process import RankProcess, sigkill
@@ -65,8 +64,6 @@ def start_head(port: int, folder: str, cpus: int) -> None:
 
 def connect(address: str, namespace: str) -> None:
     """Join a running Ray cluster as a driver."""
-    if address.startswith("127.0.0.1:"):
-        os.environ |= ray_head.ENVIRONMENT
     ray.init(
         address=address,
         namespace=namespace,

@@ -19,7 +19,7 @@ from flm.cluster.config import ClusterConfig, load_config, refuse_unserved
 from flm.cluster.hardware import Hardware, measure_hardware
 from flm.cluster.hardware import Node as PlannedNode
 from flm.cluster.plan import Plan, plan_cluster
-from flm.cluster.ray_head import RayHead, end_head, is_running, usable_cpus
+from flm.cluster.ray_head import ENVIRONMENT, RayHead, end_head, is_running, usable_cpus
 from flm.cluster.state import (
     ClusterSpec,
     Desired,
@@ -130,6 +130,8 @@ def finish_warming(warming: subprocess.Popen[bytes]) -> None:
 
 def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | None) -> Endpoint:
     """Create the controller and the gateway on the Ray cluster at `address`. From now on `end_cluster` undoes it."""
+    if head is not None:
+        os.environ |= ENVIRONMENT  # Ray reads it when it is imported
     from flm.cluster import actors
 
     config, name = checked.config, checked.config.name
@@ -157,7 +159,11 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         started=time.time(),
     )
     save_endpoint(endpoint)
-    actors.start_cluster(address, spec)
+    try:
+        actors.start_cluster(address, spec)
+    except BaseException:
+        end_cluster(endpoint)
+        raise
     return endpoint
 
 

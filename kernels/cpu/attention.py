@@ -9,15 +9,13 @@ output is a sum over positions in order: the same for any company it is computed
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit, prange
+from numba import cfunc, njit
 
 from flm.kernels.cpu.leaves import call_leaf
-from flm.kernels.cpu.memory import f32_at, fetch_add, float_of_bits, i32_at, i64_at
+from flm.kernels.cpu.memory import copy, f32_at, fill, float_of_bits, i32_at, i64_at
 from flm.kernels.cpu.microkernels import MAX_TOKENS
-from flm.kernels.cpu.opcodes import OP, ROW_WIDTH
+from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, next_task
 from flm.kernels.cpu.vector import exp_sum, maximum
-
-SMALL = 30_000  # multiplications below which one thread does it
 
 
 @njit
@@ -26,10 +24,10 @@ def _scores(row, rows, q, table, blocks, j, scores, stride):  # type: ignore
     J, D, bs, half = row[6], row[7], row[9], row[10]
     size = 4 - 2 * half
     for r in range(rows):
-        f32_at(scores + r * stride, blocks * bs)[:] = 0.0
+        fill(scores + r * stride, blocks * bs, 0.0)
     for b in range(blocks):
         k = row[11] + (np.int64(table[b]) * J + j) * D * bs * size
-        call_leaf(row[22], (rows, bs, k, bs * size, q, D * 4, D, scores + b * bs * 4, stride))
+        call_leaf(row[21], (rows, bs, k, bs * size, q, D * 4, D, scores + b * bs * 4, stride))
 
 
 @njit
@@ -45,7 +43,7 @@ def _values(row, rows, weights, stride, lengths, table, j, out):  # type: ignore
     while position < shared:
         v = row[12] + (np.int64(table[position // bs]) * J + j) * bs * Dp * size
         k = min(bs, shared - position)
-        call_leaf(row[22], (rows, Dp, v, Dp * size, weights + position * 4, stride, k, out, Dp * 4))
+        call_leaf(row[21], (rows, Dp, v, Dp * size, weights + position * 4, stride, k, out, Dp * 4))
         position += bs
     for r in range(rows):
         position = shared
@@ -54,7 +52,7 @@ def _values(row, rows, weights, stride, lengths, table, j, out):  # type: ignore
             v = row[12] + ((np.int64(table[b]) * J + j) * bs + offset) * Dp * size
             k = min(bs - offset, lengths[r] - position)
             at = weights + r * stride + position * 4
-            call_leaf(row[22], (1, Dp, v, Dp * size, at, stride, k, out + r * Dp * 4, Dp * 4))
+            call_leaf(row[21], (1, Dp, v, Dp * size, at, stride, k, out + r * Dp * 4, Dp * 4))
             position += k
 
 
@@ -93,7 +91,7 @@ def _run(row, t0, n, sequence, j, work):  # type: ignore
             target[d] = source[d] * scale
         lengths[r] = np.int64(positions[t]) + 1
         longest = max(longest, lengths[r])
-    f32_at(out, rows * Dp)[:] = 0.0
+    fill(out, rows * Dp, 0.0)
     _scores(row, rows, q, table, (longest + bs - 1) // bs, j, scores, stride)
     for r in range(0, rows, MAX_TOKENS):
         m = min(rows - r, MAX_TOKENS)
@@ -101,7 +99,7 @@ def _run(row, t0, n, sequence, j, work):  # type: ignore
         _softmax_values(row, m, scores + r * stride, stride, lengths[some], sums[some], table, j, out + r * Dp * 4)
     for r in range(rows):
         t, h = t0 + r // heads, first + r % heads
-        f32_at(row[13] + (t * H + h) * D * 4, D)[:] = f32_at(out + r * Dp * 4, D)
+        copy(out + r * Dp * 4, row[13] + (t * H + h) * D * 4, D)
 
 
 @njit
@@ -119,35 +117,19 @@ def _task(row, i, work):  # type: ignore
         else:
             first, last = (j * H + J - 1) // J, ((j + 1) * H + J - 1) // J
             for p in range(t, t + n):
-                f32_at(row[13] + (p * H + first) * D * 4, (last - first) * D)[:] = 0.0
+                fill(row[13] + (p * H + first) * D * 4, (last - first) * D, 0.0)
         t += n
 
 
-@njit(parallel=True)
-def _tasks(row, tasks, threads, counter, works, work_bytes):  # type: ignore
-    for worker in prange(threads):
-        while True:
-            i = fetch_add(counter, 1)
-            if i >= tasks:
-                break
-            _task(row, tasks - 1 - i, works + worker * work_bytes)  # late tokens attend to most: start with them
-
-
 @cfunc(OP, cache=True)
-def paged_attention(address):  # type: ignore
+def paged_attention(address, worker):  # type: ignore
     """row: 1 q, 2 T, 3 seq index, 4 positions, 5 H, 6 J, 7 D, 8 Dp, 9 block size, 10 half, 11 k cache, 12 v cache, 13 out,
-    14 block tables, 15 B, 16 S, 17 scale, 18 tokens per tile, 19 scratch (counter, areas), 20 bytes per area, 21 threads,
-    22 leaf for products with the cache's dtype."""
+    14 block tables, 15 B, 16 S, 17 scale, 18 tokens per tile, 19 scratch, 20 bytes of it per worker, 21 leaf for products
+    with the cache's dtype."""
     row = i64_at(address, ROW_WIDTH)
-    T, H, J, D, tile, scratch, threads = row[2], row[5], row[6], row[7], row[18], row[19], row[21]
-    tasks = (T + tile - 1) // tile * J
-    positions, work = i32_at(row[4], T), np.int64(0)
-    for t in range(T):
-        work += (positions[t] + 1) * H * D
-    if threads == 1 or work < SMALL:
-        for i in range(tasks):
-            _task(row, i, scratch + 64)
-    else:
-        i64_at(scratch, 1)[0] = 0
-        _tasks(row, tasks, threads, scratch, scratch + 64, row[20])
+    tasks = (row[2] + row[18] - 1) // row[18] * row[6]
+    i = next_task(row)
+    while i < tasks:
+        _task(row, tasks - 1 - i, row[19] + worker * row[20])  # late tokens attend to most: start with them
+        i = next_task(row)
     return 0

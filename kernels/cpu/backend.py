@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
 from flm.kernels.cpu.configure import load_kernels
-from flm.kernels.cpu.graph import CpuGraph, raise_status
-from flm.kernels.cpu.opcodes import ROW_WIDTH
+from flm.kernels.cpu.graph import MISSING_COLUMN, CpuGraph, raise_status
+from flm.kernels.cpu.opcodes import ROW_WIDTH, WORKERS
 from flm.kernels.cpu.pack import FORMS, CpuMatrix, aligned, pack
 from flm.kernels.errors import DTypeError, KernelError, ShapeError
 from flm.kernels.group import Group
@@ -25,6 +25,7 @@ from flm.kernels.quant import QuantizedMatrix
 
 Array = NDArray[Any]
 F32, I32, U8 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.uint8)
+SMALL = 60_000  # elements, or products, below which starting threads costs more than it saves
 TILE_ROWS = 24  # query rows of one attention task
 CHUNK = 48  # tokens of one linear task, as in linear.py
 
@@ -127,14 +128,21 @@ class CpuBackend:
         finally:
             self._graph = None
 
-    def _emit(self, row: list[int], *keep: Any) -> None:
+    def _emit(self, op: str, fields: list[int], *keep: Any, workers: int = 1) -> None:
+        """Run a row or, while capturing, record it. keep: what the addresses point into, a collective's group last."""
+        padding = [0] * (WORKERS - 1 - len(fields))
+        row = [self._ops[op], *fields, *padding, workers, 0]
         if self._graph is not None:
             self._graph.add(row, keep)
             return
-        self._row[0, : len(row)] = row
+        self._row[0] = row
         status = self._run(self._row)
         if status:
-            raise_status(status & 255, int(self._row[0, 3]), keep[-1])
+            raise_status(status & 255, int(self._row[0, MISSING_COLUMN]), keep[-1])
+
+    def _workers(self, work: int, small: int) -> int:
+        """All threads, but one for work that is sooner done than shared."""
+        return self.threads if work >= small else 1
 
     def _scratch(self, nbytes: int) -> Array:
         """Working memory that ops share, since they run one after the other. Grows; graphs keep what they recorded."""
@@ -149,11 +157,18 @@ class CpuBackend:
         x, out = check("x", x_TK, (T, K)), check("out", out_TN, (T, N))
         bias = 0 if bias_N is None else check("bias", bias_N, (N,))
         groups = -(-K // weight.group) if weight.group else 0
-        area = (min(max(T, 1), CHUNK) * 256 + CHUNK * 256 + weight.group * 256 + 64) // 64 * 64
-        scratch = self._scratch(64 + area * self.threads + T * groups * 4 * (weight.group + 1) + 64)
-        row = [self._ops["linear"], *self._weight(weight, x, T), out, bias, int(accumulate), address(scratch), area, self.threads]
+        area = (CHUNK * 512 + weight.group * 256 + 64) // 64 * 64
+        sums = (T * groups * 4 + 63) // 64 * 64
+        scratch = self._scratch(area * self.threads + sums + T * groups * weight.group * 4)
+        xsum = address(scratch) + area * self.threads
+        copied = weight.form == "int4" or K != groups * weight.group
+        prepared, stride = (xsum + sums, groups * weight.group * 4) if weight.group and copied else (x, K * 4)
+        row = [*self._weight(weight, x, T), out, bias, int(accumulate), xsum, prepared, stride, address(scratch), area]
         row += self._weight_leaves(weight.form)
-        self._emit(row, x_TK, weight, out_TN, bias_N, scratch)
+        keep = (x_TK, weight, out_TN, bias_N, scratch)
+        if weight.group and (copied or weight.offsets is not None):
+            self._emit("prepare", row, *keep, workers=self._workers(T * K, SMALL))
+        self._emit("linear", row, *keep, workers=self._workers(T * K * N, SMALL))
 
     def _weight_leaves(self, form: str) -> list[int]:
         if form in ("int4", "int8"):
@@ -172,7 +187,8 @@ class CpuBackend:
     def embedding(self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
         T = columns("ids", ids_T, 1)[0]
         ids, out = check("ids", ids_T, (T,), I32), check("out", out_TE, (T, weight.shape[1]))
-        self._emit([self._ops["embedding"], *self._weight(weight, ids, T), out, first_row], weight, ids_T, out_TE)
+        row = [*self._weight(weight, ids, T), out, first_row]
+        self._emit("embedding", row, weight, ids_T, out_TE, workers=self._workers(out_TE.size, SMALL // 4))
 
     def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
         self._norm(x_TE, None, weight_E, eps, out_TE)
@@ -184,13 +200,13 @@ class CpuBackend:
         T, E = columns("x", x_TE)
         x, out, weight = check("x", x_TE, (T, E)), check("out", out_TE, (T, E)), check("weight", weight_E, (E,))
         delta = 0 if delta_TE is None else check("delta", delta_TE, (T, E))
-        row = [self._ops["norm"], x, delta, T, E, weight, float_bits(eps), out]
-        self._emit(row, x_TE, delta_TE, weight_E, out_TE)
+        row = [x, delta, T, E, weight, float_bits(eps), out]
+        self._emit("norm", row, x_TE, delta_TE, weight_E, out_TE, workers=self._workers(T * E, SMALL))
 
     def silu_mul(self, gate_up_T2F: Array, out_TF: Array) -> None:
         T, F = columns("out", out_TF)
         gate_up, out = check("gate_up", gate_up_T2F, (T, 2 * F)), check("out", out_TF, (T, F))
-        self._emit([self._ops["silu_mul"], gate_up, out, T, F], gate_up_T2F, out_TF)
+        self._emit("silu_mul", [gate_up, out, T, F], gate_up_T2F, out_TF, workers=self._workers(T * F, SMALL // 4))
 
     def rope_kv_write(
         self, qkv_TC: Array, positions_T: Array, slots_T: Array, cos_PR: Array, sin_PR: Array, cache: CpuCache, q_out_THD: Array
@@ -203,9 +219,10 @@ class CpuBackend:
         positions, slots = check("positions", positions_T, (T,), I32), check("slots", slots_T, (T,), I32)
         cos, sin = check("cos", cos_PR, (P, R)), check("sin", sin_PR, (P, R))
         half, scratch = int(cache.k.dtype == np.float16), self._scratch(T * D * 4)
-        row = [self._ops["rope_kv_write"], qkv, T, positions, slots, H, J, D, R, cache.v.shape[3], bs, half, cos, sin]
+        row = [qkv, T, positions, slots, H, J, D, R, cache.v.shape[3], bs, half, cos, sin]
         row += [address(cache.k), address(cache.v), q_out, address(scratch)]
-        self._emit(row, qkv_TC, positions_T, slots_T, cos_PR, sin_PR, cache, q_out_THD, scratch)
+        keep = (qkv_TC, positions_T, slots_T, cos_PR, sin_PR, cache, q_out_THD, scratch)
+        self._emit("rope_kv_write", row, *keep, workers=self._workers(qkv_TC.size, SMALL))
 
     def paged_attention(
         self,
@@ -225,16 +242,17 @@ class CpuBackend:
         heads = -(-H // J)
         tile = max(1, min(TILE_ROWS // heads, -(-T * J // (4 * self.threads))))
         area = (tile * heads * (4 * (D + Dp + 1 + B * bs) + 8) + 192) // 64 * 64
-        scratch = self._scratch(64 + area * self.threads)
-        row = [self._ops["paged_attention"], q, T, index, positions, H, J, D, Dp, bs, int(cache.k.dtype == np.float16)]
+        scratch = self._scratch(area * self.threads)
+        row = [q, T, index, positions, H, J, D, Dp, bs, int(cache.k.dtype == np.float16)]
         row += [address(cache.k), address(cache.v), out, tables, B, S, float_bits(scale), tile, address(scratch), area]
+        row += [self._leaves[f"plain_{cache.k.dtype.name}"]]
         keep = (q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, scratch)
-        self._emit([*row, self.threads, self._leaves[f"plain_{cache.k.dtype.name}"]], *keep)
+        self._emit("paged_attention", row, *keep, workers=min(self.threads, -(-T // tile) * J))
 
     def take_rows(self, x_TE: Array, rows_S: Array, out_SE: Array) -> None:
         (T, E), S = columns("x", x_TE), columns("rows", rows_S, 1)[0]
         x, rows, out = check("x", x_TE, (T, E)), check("rows", rows_S, (S,), I32), check("out", out_SE, (S, E))
-        self._emit([self._ops["take_rows"], x, rows, S, E, out], x_TE, rows_S, out_SE)
+        self._emit("take_rows", [x, rows, S, E, out], x_TE, rows_S, out_SE)
 
     def sample(
         self,
@@ -257,15 +275,16 @@ class CpuBackend:
         lists += [check("output_count", batch.output_count, counted, I32)]
         area = (V * 12 + 2048 * 16 + 192) // 64 * 64
         scratch = self._scratch(area * self.threads)
-        row = [self._ops["sample"], check("logits", logits_SV, (S, V)), S, V, *parameters]
+        row = [check("logits", logits_SV, (S, V)), S, V, *parameters]
         row += [row_ptr, *lists, check("ids", ids_S, (S,), I32), *tops, N]
-        row += [check("logprobs", logprobs_S, (S,)), address(scratch), area, self.threads]
-        self._emit(row, logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_logprobs_SN, scratch)
+        row += [check("logprobs", logprobs_S, (S,)), address(scratch), area]
+        keep = (logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_logprobs_SN, scratch)
+        self._emit("sample", row, *keep, workers=max(1, min(self.threads, S)))
 
     def _collective(self, op: str, group: Group, array: Array | None, extra: list[int], *keep: Any) -> None:
-        row = [self._ops[op], address(array), address(group.buffer), 0, group.rank, group.size, group.slot_bytes]
+        row = [address(array), address(group.buffer), 0, group.rank, group.size, group.slot_bytes]
         row += [int(group.timeout * 1e9), int(time.CLOCK_MONOTONIC), *extra]
-        self._emit(row, array, *keep, group)
+        self._emit(op, row, array, *keep, group)
 
     def all_reduce(self, group: Group, x: Array) -> None:
         check("x", x, x.shape)

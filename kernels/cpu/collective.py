@@ -116,7 +116,7 @@ def _scatter(source, start, count, width, out, columns, first):  # type: ignore
 
 
 @cfunc(OP, cache=True)
-def all_reduce(address):  # type: ignore
+def all_reduce(address, worker):  # type: ignore
     """row: 9 floats."""
     row = i64_at(address, ROW_WIDTH)
     size, done, total = row[5], 0, row[9] * 4
@@ -127,7 +127,7 @@ def all_reduce(address):  # type: ignore
             return status
         count = n // 4
         x = f32_at(row[1] + done, count)
-        x[:] = f32_at(_slot(row, 0, epoch), count)
+        _copy(_slot(row, 0, epoch), row[1] + done, n)
         for r in range(1, size):
             part = f32_at(_slot(row, r, epoch), count)
             for i in range(count):
@@ -137,7 +137,7 @@ def all_reduce(address):  # type: ignore
 
 
 @cfunc(OP, cache=True)
-def broadcast(address):  # type: ignore
+def broadcast(address, worker):  # type: ignore
     """row: 9 bytes, 10 root."""
     row = i64_at(address, ROW_WIDTH)
     done, root = 0, row[10]
@@ -153,13 +153,13 @@ def broadcast(address):  # type: ignore
 
 
 @cfunc(OP, cache=True)
-def barrier(address):  # type: ignore
+def barrier(address, worker):  # type: ignore
     """row: nothing more."""
     return _arrive_and_wait(i64_at(address, ROW_WIDTH))
 
 
 @cfunc(OP, cache=True)
-def all_gather_cols(address):  # type: ignore
+def all_gather_cols(address, worker):  # type: ignore
     """row: 9 rows, 10 out, 11 total columns, 12 address of the widths (int64, one per rank)."""
     row = i64_at(address, ROW_WIDTH)
     size, S, widths, piece, widest = row[5], row[9], i64_at(row[12], row[5]), row[6] // 4, 0

@@ -57,7 +57,7 @@ def load_kernels(threads: int) -> Kernels:
             from flm.kernels.cpu import attention, collective, elementwise, leaves, linear, program, sampling
         finally:
             numba.config.CACHE_DIR = before
-    ops = [linear.linear, linear.embedding, elementwise.norm, elementwise.silu_mul, elementwise.rope_kv_write]
+    ops = [linear.linear, linear.prepare, linear.embedding, elementwise.norm, elementwise.silu_mul, elementwise.rope_kv_write]
     ops += [elementwise.take_rows, attention.paged_attention, sampling.sample, collective.all_reduce]
     ops += [collective.all_gather_cols, collective.broadcast, collective.barrier]
     run_program: Any = program.run_program

@@ -1,6 +1,6 @@
 """Norms, activation, rotary embedding with the cache write, row selection.
 
-Each body handles one token; small steps run it in a plain loop, large ones over threads.
+Each worker takes an equal part of the tokens.
 """
 
 from __future__ import annotations
@@ -8,14 +8,11 @@ from __future__ import annotations
 from math import sqrt
 
 import numpy as np
-from numba import cfunc, njit, prange
+from numba import cfunc, njit
 
-from flm.kernels.cpu.memory import f32_at, float_of_bits, i32_at, i64_at, store_half
-from flm.kernels.cpu.opcodes import OP, ROW_WIDTH
+from flm.kernels.cpu.memory import copy, f32_at, float_of_bits, i32_at, i64_at, store_half
+from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, share
 from flm.kernels.cpu.vector import silu_times, sum_of_squares
-
-SMALL = 60_000  # elements below which starting threads costs more than it saves
-
 
 @njit
 def _norm_row(row, t):  # type: ignore
@@ -31,21 +28,13 @@ def _norm_row(row, t):  # type: ignore
         out[e] = x[e] * factor * w[e]
 
 
-@njit(parallel=True)
-def _norm_rows(row):  # type: ignore
-    for t in prange(row[3]):
-        _norm_row(row, t)
-
-
 @cfunc(OP, cache=True)
-def norm(address):  # type: ignore
+def norm(address, worker):  # type: ignore
     """row: 1 x, 2 delta or 0, 3 T, 4 E, 5 weight, 6 eps, 7 out."""
     row = i64_at(address, ROW_WIDTH)
-    if row[3] * row[4] < SMALL:
-        for t in range(row[3]):
-            _norm_row(row, t)
-    else:
-        _norm_rows(row)
+    first, last = share(row, row[3], worker)
+    for t in range(first, last):
+        _norm_row(row, t)
     return 0
 
 
@@ -56,21 +45,13 @@ def _silu_row(row, t):  # type: ignore
     silu_times(gate, gate + F * 4, row[2] + t * F * 4, F)
 
 
-@njit(parallel=True)
-def _silu_rows(row):  # type: ignore
-    for t in prange(row[3]):
-        _silu_row(row, t)
-
-
 @cfunc(OP, cache=True)
-def silu_mul(address):  # type: ignore
+def silu_mul(address, worker):  # type: ignore
     """row: 1 gate and up, 2 out, 3 T, 4 F."""
     row = i64_at(address, ROW_WIDTH)
-    if row[3] * row[4] < SMALL // 4:
-        for t in range(row[3]):
-            _silu_row(row, t)
-    else:
-        _silu_rows(row)
+    first, last = share(row, row[3], worker)
+    for t in range(first, last):
+        _silu_row(row, t)
     return 0
 
 
@@ -118,33 +99,23 @@ def _rope_token(row, t):  # type: ignore
         _store(row[15] + ((block * J + j) * bs + offset) * Dp * size, 1, half, v, D)
 
 
-@njit(parallel=True)
-def _rope_tokens(row):  # type: ignore
-    for t in prange(row[2]):
-        _rope_token(row, t)
-
-
 @cfunc(OP, cache=True)
-def rope_kv_write(address):  # type: ignore
+def rope_kv_write(address, worker):  # type: ignore
     """row: 1 qkv, 2 T, 3 positions, 4 slots, 5 H, 6 J, 7 D, 8 R, 9 Dp, 10 block size, 11 half, 12 cos, 13 sin, 14 k cache,
     15 v cache, 16 q out, 17 scratch [T, D]."""
     row = i64_at(address, ROW_WIDTH)
-    if row[2] * (row[5] + 2 * row[6]) * row[7] < SMALL:
-        for t in range(row[2]):
-            _rope_token(row, t)
-    else:
-        _rope_tokens(row)
+    first, last = share(row, row[2], worker)
+    for t in range(first, last):
+        _rope_token(row, t)
     return 0
 
 
 @cfunc(OP, cache=True)
-def take_rows(address):  # type: ignore
+def take_rows(address, worker):  # type: ignore
     """row: 1 x, 2 rows, 3 S, 4 E, 5 out."""
     row = i64_at(address, ROW_WIDTH)
-    S, E = row[3], row[4]
-    index = i32_at(row[2], S)
-    for s in range(S):
-        source, target = f32_at(row[1] + np.int64(index[s]) * E * 4, E), f32_at(row[5] + s * E * 4, E)
-        for e in range(E):
-            target[e] = source[e]
+    E, index = row[4], i32_at(row[2], row[3])
+    first, last = share(row, row[3], worker)
+    for s in range(first, last):
+        copy(row[1] + np.int64(index[s]) * E * 4, row[5] + s * E * 4, E)
     return 0

@@ -38,7 +38,7 @@ class CpuGraph:
         if self._rows is None:
             self._rows = np.zeros((len(self._list), ROW_WIDTH), np.int64)
             for row, values in zip(self._rows, self._list, strict=True):
-                row[: len(values)] = values
+                row[:] = values
         status = self._run(self._rows)
         if status:
             at = status >> 8

@@ -35,14 +35,14 @@ def call_leaf(ctx, address, arguments):  # type: ignore
 
 
 @intrinsic
-def call_op(ctx, address, row):  # type: ignore
-    """Call an op: a C function from the address of a program row to a status."""
+def call_op(ctx, address, row, worker):  # type: ignore
+    """Call an op: a C function from the address of a program row and a worker's number to a status."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(I64, [I64])
-        return b.call(b.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        kind = ir.FunctionType(I64, [I64, I64])
+        return b.call(b.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
 
-    return types.int64(types.int64, types.int64), codegen
+    return types.int64(types.int64, types.int64, types.int64), codegen
 
 
 @cfunc(AFFINE, cache=True)

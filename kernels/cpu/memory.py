@@ -134,3 +134,19 @@ def store_release(ctx, address, value):  # type: ignore
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.CPointer(types.int64)))
+
+
+@njit
+def fill(address: int, count: int, value: float) -> None:
+    """Set `count` float32."""
+    target = f32_at(address, count)
+    for i in range(count):
+        target[i] = value
+
+
+@njit
+def copy(source: int, target: int, count: int) -> None:
+    """Copy `count` float32."""
+    s, t = f32_at(source, count), f32_at(target, count)
+    for i in range(count):
+        t[i] = s[i]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from math import log
 
 import numpy as np
-from numba import cfunc, njit, prange
+from numba import cfunc, njit
 
 from flm.kernels.cpu.memory import bits_of_float, f32_at, f64_at, i32_at, i64_at, u8_at, u64_at
-from flm.kernels.cpu.opcodes import OP, ROW_WIDTH
+from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, next_task
 from flm.kernels.cpu.vector import exp_sum, maximum
 
 BINS = 2048
@@ -48,7 +48,9 @@ def _border(logits, weights, ids, n, by_mass, wanted, counts, mass):  # type: ig
     prefix, taken, digit = np.int64(0), 0.0, np.int64(0)
     for level in range(3):
         shift, bits = (21, 11) if level == 0 else ((10, 11) if level == 1 else (0, 10))
-        counts[:], mass[:] = 0, 0.0
+        for i in range(len(counts)):
+            counts[i] = 0
+            mass[i] = 0.0
         for i in range(n):
             key = _key(logits[ids[i]])
             if key >> (shift + bits) == prefix:
@@ -91,21 +93,21 @@ def _narrow(logits, weights, ids, n, by_mass, wanted, counts, mass):  # type: ig
 
 
 @njit
-def _draw_all(weights, V, u):  # type: ignore
+def _draw_all(weights, V, u, sums):  # type: ignore
     """The id at which the running sum passes u * total, over the whole vocabulary."""
-    blocks = (V + BLOCK - 1) // BLOCK
-    sums = np.empty(blocks, np.float64)
+    size = max(BLOCK, (V + BINS - 1) // BINS)
+    blocks = (V + size - 1) // size
     total = 0.0
     for b in range(blocks):
         part = 0.0
-        for i in range(b * BLOCK, min((b + 1) * BLOCK, V)):
+        for i in range(b * size, min((b + 1) * size, V)):
             part += weights[i]
         sums[b] = part
         total += part
     target, running, last = u * total, 0.0, 0
     for b in range(blocks):
         if running + sums[b] > target or b == blocks - 1:
-            for i in range(b * BLOCK, min((b + 1) * BLOCK, V)):
+            for i in range(b * size, min((b + 1) * size, V)):
                 running += weights[i]
                 if weights[i] > 0:
                     last = i
@@ -137,7 +139,8 @@ def _penalise(row, s, logits, out):  # type: ignore
     repetition, presence, frequency = f32_at(row[8], S)[s], f32_at(row[9], S)[s], f32_at(row[10], S)[s]
     if first == last or (repetition == 1.0 and presence == 0.0 and frequency == 0.0):
         return False
-    out[:] = logits
+    for i in range(len(out)):
+        out[i] = logits[i]
     ids, prompt, count = i32_at(row[14], last), u8_at(row[15], last), i32_at(row[16], last)
     for i in range(first, last):
         value = out[ids[i]]
@@ -159,9 +162,9 @@ def _first_of(logits, V, value):  # type: ignore
 
 
 @njit
-def _choose(row, s, logits, at, V, w_at, ids, counts, mass):  # type: ignore
-    """The id of row s from penalised logits (an array and its address)."""
-    S = row[2]
+def _choose(row, s, at, w_at, ids, counts, mass):  # type: ignore
+    """The id of row s from penalised logits at an address."""
+    S, V, logits = row[2], row[3], f32_at(at, row[3])
     temperature, top_k, top_p, min_p = f32_at(row[4], S)[s], i32_at(row[5], S)[s], f32_at(row[6], S)[s], f32_at(row[7], S)[s]
     top = maximum(at, V)
     if temperature <= 0:
@@ -171,20 +174,22 @@ def _choose(row, s, logits, at, V, w_at, ids, counts, mass):  # type: ignore
     exp_sum(at, w_at, V, factor, -top * factor)
     u = uniform(u64_at(row[11], S)[s], u64_at(row[12], S)[s])
     if top_p >= 1.0 and min_p <= 0.0 and (top_k <= 0 or top_k >= V):
-        return np.int32(_draw_all(weights, V, u))
+        return np.int32(_draw_all(weights, V, u, mass))
     n = 0
     for i in range(V):
         ids[n] = i
         n += 1 if weights[i] >= min_p else 0
     if n == 0:  # min_p above 1, or rounding at 1
         return _first_of(logits, V, top)
-    if top_k > 0 and top_k < n:
-        n = _narrow(logits, weights, ids, n, False, float(top_k), counts, mass)
-    if top_p < 1.0:
-        total = 0.0
-        for i in range(n):
-            total += weights[ids[i]]
-        n = _narrow(logits, weights, ids, n, True, float(top_p) * total, counts, mass)
+    for by_mass in range(2):  # top_k, then top_p
+        wanted = float(top_k)
+        if by_mass == 1:
+            wanted = 0.0
+            for i in range(n):
+                wanted += weights[ids[i]]
+            wanted *= top_p
+        if (by_mass == 0 and top_k > 0 and top_k < n) or (by_mass == 1 and top_p < 1.0):
+            n = _narrow(logits, weights, ids, n, by_mass == 1, wanted, counts, mass)
     return np.int32(_draw_some(weights, ids, n, u))
 
 
@@ -218,31 +223,20 @@ def _sample_row(row, s, work):  # type: ignore
     lse = np.float64(top) + log(np.float64(exp_sum(at, w_at, V, np.float32(1.0), -top)))
     if N > 0:
         _largest(logits, V, N, i32_at(row[18] + s * N * 4, N), f32_at(row[19] + s * N * 4, N), lse)
-    if _penalise(row, s, logits, adjusted):
-        chosen = _choose(row, s, adjusted, l_at, V, w_at, ids, counts, mass)
-    else:
-        chosen = _choose(row, s, logits, at, V, w_at, ids, counts, mass)
+    source = l_at if _penalise(row, s, logits, adjusted) else at
+    chosen = _choose(row, s, source, w_at, ids, counts, mass)
     i32_at(row[17], S)[s] = chosen
     f32_at(row[21], S)[s] = np.float32(logits[chosen] - lse)
 
 
-@njit(parallel=True)
-def _rows(row, works, work_bytes, threads):  # type: ignore
-    S = row[2]
-    for worker in prange(threads):
-        for s in range(worker, S, threads):
-            _sample_row(row, s, works + worker * work_bytes)
-
-
 @cfunc(OP, cache=True)
-def sample(address):  # type: ignore
+def sample(address, worker):  # type: ignore
     """row: 1 logits, 2 S, 3 V, 4 temperature, 5 top_k, 6 top_p, 7 min_p, 8 repetition, 9 presence, 10 frequency, 11 seed,
     12 position, 13 row_ptr, 14 token ids, 15 in_prompt, 16 output count, 17 ids out, 18 top ids, 19 top logprobs, 20 N,
-    21 logprobs out, 22 scratch, 23 bytes per worker, 24 threads."""
+    21 logprobs out, 22 scratch, 23 bytes of it per worker."""
     row = i64_at(address, ROW_WIDTH)
-    if row[2] == 1 or row[24] == 1:
-        for s in range(row[2]):
-            _sample_row(row, s, row[22])
-    else:
-        _rows(row, row[22], row[23], row[24])
+    s = next_task(row)
+    while s < row[2]:
+        _sample_row(row, s, row[22] + worker * row[23])
+        s = next_task(row)
     return 0

@@ -151,12 +151,14 @@ class Replica:
 
     def _blame(self, error: Exception) -> str:
         """Name the rank: one that said why it left, else those missing in the collective."""
-        if isinstance(error, CollectiveAborted | CollectiveTimeout):
+        if isinstance(error, CollectiveAborted | CollectiveTimeout | RankFailed):
             said = self._channel.failures(FAREWELL)
             if said:
                 return "; ".join(f"rank {rank} failed: {why}" for rank, why in sorted(said.items()))
             if isinstance(error, CollectiveTimeout):
                 return f"rank {', '.join(map(str, error.missing))} hung: {error}"
+        if isinstance(error, RankFailed):
+            return str(error)
         if isinstance(error, KernelError | FlmError):
             return f"rank 0: {error}"
         return f"rank 0: {type(error).__name__}: {error}"

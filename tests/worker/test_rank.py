@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flm.worker.errors import DoesNotFit, FlmError, RankFailed, Unavailable
+from flm.worker.errors import ConfigError, FlmError, RankFailed, Unavailable
 from flm.worker.rank import GroupSpec, Rank
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
@@ -131,7 +131,7 @@ def test_a_follower_without_a_leader_gives_up(tmp_path: Path) -> None:
 def test_wrong_specs_are_refused_while_loading(tmp_path: Path) -> None:
     for changes, error, words in (
         ({"device": "tpu"}, FlmError, "expected cpu"),
-        ({"tensor_parallel": 64}, DoesNotFit, "64"),
+        ({"tensor_parallel": 64}, ConfigError, "64 ranks are too many for 4"),
         ({"path": str(tmp_path / "nowhere")}, FlmError, "nowhere"),
     ):
         with pytest.raises(error, match=words):

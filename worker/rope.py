@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from flm.worker.config import RopeConfig
 from numpy.typing import NDArray
+
+from flm.worker.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig) -> NDArray[np.float64]:

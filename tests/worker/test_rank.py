@@ -37,8 +37,14 @@ class Group:
 
 
 def spec(run_dir: Path, **changes: object) -> GroupSpec:
-    options = {"tensor_parallel": 2, "max_sequences": 4, "max_step_tokens": 32, "hang_timeout": 1.0}
-    return GroupSpec("r0", "tiny", MODEL, run_dir=str(run_dir), **{**options, **changes})  # type: ignore[arg-type]
+    options = {
+        "path": MODEL,
+        "tensor_parallel": 2,
+        "max_sequences": 4,
+        "max_step_tokens": 32,
+        "hang_timeout": 1.0,
+    }
+    return GroupSpec("r0", "tiny", run_dir=str(run_dir), **{**options, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flm.cluster.cli import gateway_call as options
+from flm.cluster.cli import gateway_options as options
 from flm.cluster.cli.options import ClusterOption
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from flm.cluster.client import AsyncStream, Sampling
+    from flm.cluster.client_request import Endpoint
     from flm.cluster.latency import Report, Sample
 
 
@@ -31,23 +33,20 @@ def bench(
     cluster: ClusterOption = "",
     address: options.Address = "",
     api_key: options.ApiKey = "",
+    ca_file: options.CaFile = "",
 ) -> None:
     """Measure time to first token, inter-token latency and throughput. Prompts differ, so no prefix is cached."""
     from rich.console import Console
 
-    from flm.proto import flm_pb2
+    from flm.cluster.client import Sampling
 
-    target = options.find_target(cluster, address, api_key)
-    with options.open_stub(target) as stub:
-        info = stub.GetModelInfo(flm_pb2.GetModelInfoRequest(model=model), metadata=target.metadata)
+    endpoint = options.gateway_endpoint(cluster, address, api_key, ca_file)
+    with options.gateway_client(endpoint) as client:
+        vocab = client.model_info(model).vocab_size
     drawn = random.Random(0)
-    sampling = flm_pb2.SamplingOptions(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    prompts = [[drawn.randrange(info.vocab_size) for _ in range(prompt_tokens)] for _ in range(requests + 1)]
-    work = [
-        flm_pb2.GenerateRequest(model=model, prompt_ids=flm_pb2.TokenIds(ids=ids), sampling=sampling)
-        for ids in prompts
-    ]
-    report, errors = asyncio.run(_load(target, work[0], work[1:], concurrency))
+    prompts = [[drawn.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(requests + 1)]
+    sampling = Sampling(max_tokens, temperature=0, ignore_eos=True)
+    report, errors = asyncio.run(_load(endpoint, model, prompts, sampling, concurrency))
     if as_json:
         print(json.dumps(_without_nan(asdict(report)) | {"errors": errors}))
     else:
@@ -59,52 +58,37 @@ def bench(
 
 
 async def _load(
-    target: options.Target, warm_up: Any, work: list[Any], concurrency: int
+    endpoint: Endpoint, model: str, prompts: list[list[int]], sampling: Sampling, concurrency: int
 ) -> tuple[Report, dict[str, int]]:
-    """Run `work` with that many streams at once, after one request that is not counted."""
-    import grpc
-    import grpc.aio
-
-    from flm.cluster.grpc_errors import from_rpc_error
+    """Send all prompts with that many streams at once; the first one alone before, and not counted."""
+    from flm.cluster.client import AsyncClient
     from flm.cluster.latency import summarize
-    from flm.cluster.listen import CHANNEL_OPTIONS
-    from flm.proto import flm_pb2_grpc
+    from flm.worker.errors import FlmError
 
     errors: dict[str, int] = {}
     samples: list[Sample] = []
-    secure = target.credentials()
-    channel = (
-        grpc.aio.secure_channel(target.address, secure, CHANNEL_OPTIONS)
-        if secure
-        else grpc.aio.insecure_channel(target.address, CHANNEL_OPTIONS)
-    )
-    async with channel:
-        stub = flm_pb2_grpc.InferenceStub(channel)
-        try:
-            await _one(stub, target, warm_up)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from None
-        queue = iter(work)
+    queue = iter(prompts)
+    async with AsyncClient(endpoint.address, api_key=endpoint.api_key, ca_file=endpoint.ca_file) as client:
+        await _one(client.generate(next(queue), sampling, model=model))
 
-        async def stream() -> None:
-            for request in queue:
+        async def worker() -> None:
+            for prompt in queue:
                 try:
-                    samples.append(await _one(stub, target, request))
-                except grpc.aio.AioRpcError as error:
-                    message = str(from_rpc_error(error))
-                    errors[message] = errors.get(message, 0) + 1
+                    samples.append(await _one(client.generate(prompt, sampling, model=model)))
+                except FlmError as error:
+                    errors[str(error)] = errors.get(str(error), 0) + 1
 
         began = time.perf_counter()
-        await asyncio.gather(*(stream() for _ in range(concurrency)))
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
         seconds = time.perf_counter() - began
     return summarize(samples, sum(errors.values()), concurrency, seconds), errors
 
 
-async def _one(stub: Any, target: options.Target, request: Any) -> Sample:
+async def _one(stream: AsyncStream) -> Sample:
     from flm.cluster.latency import Sample
 
     sent, arrivals, usage, restarts = time.perf_counter(), [], None, 0
-    async for frame in stub.Generate(request, metadata=target.metadata):
+    async for frame in stream:
         if frame.token_ids:
             arrivals.append((time.perf_counter(), len(frame.token_ids)))
         restarts = frame.restarts

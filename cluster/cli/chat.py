@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flm.cluster.cli import gateway_call as options
+from flm.cluster.cli import gateway_options as options
 from flm.cluster.cli.options import ClusterOption
 
 if TYPE_CHECKING:
     from flm.cluster.cli.answer import Answer
-    from flm.proto import flm_pb2
+    from flm.cluster.client import Message, Stream
 
 
 def chat(
@@ -32,81 +33,76 @@ def chat(
     cluster: ClusterOption = "",
     address: options.Address = "",
     api_key: options.ApiKey = "",
+    ca_file: options.CaFile = "",
 ) -> None:
     """Talk to a model. In a conversation Ctrl-C stops an answer and Ctrl-D leaves."""
     from flm.cluster.cli.answer import no_show, show_text
-    from flm.proto import flm_pb2
+    from flm.cluster.client import Sampling
 
     if as_json and not message:
         raise typer.BadParameter("--json needs a MESSAGE")
-    target = options.find_target(cluster, address, api_key)
-    request = flm_pb2.ChatRequest(
-        model=model, sampling=options.sampling(max_tokens, temperature, top_p, seed, [])
-    )
-    if system:
-        request.messages.add(role="system", content=system)
-    with options.open_stub(target) as stub:
-        speaker = _Speaker(stub, target, request, no_show if as_json else show_text)
+    endpoint = options.gateway_endpoint(cluster, address, api_key, ca_file)
+    sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
+    with options.gateway_client(endpoint) as client:
+        talk = Conversation(partial(client.chat, sampling=sampling, model=model), system)
         if not message:
-            _converse(speaker, stats)
+            _converse(talk, stats)
             return
-        answer = speaker.say(options.text_argument(message))
+        answer = talk.say(options.text_argument(message), no_show if as_json else show_text)
     print(json.dumps(answer.to_json()) if as_json else "")
     if stats:
         print(answer.stats(), file=sys.stderr)
 
 
-class _Speaker:
-    """A conversation so far. A message whose answer failed is taken back; one that was stopped keeps what there was."""
+class Conversation:
+    """What was said so far. A message whose answer failed is taken back; one whose answer was stopped keeps what
+    there was of it."""
 
-    def __init__(
-        self, stub: Any, target: options.Target, request: flm_pb2.ChatRequest, show: Callable[[str], None]
-    ) -> None:
-        self._stub, self._target, self._request, self._show = stub, target, request, show
-        self._shown = ""
+    def __init__(self, ask: Callable[[list[Message]], Stream], system: str = "") -> None:
+        self._ask = ask
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
-    def say(self, text: str) -> Answer:
-        """Send a message and read its answer. KeyboardInterrupt stops the answer and passes on."""
+    def say(self, text: str, show: Callable[[str], None]) -> Answer:
+        """Send a message and read its answer; `show` gets its text as it comes. KeyboardInterrupt stops it and
+        passes on."""
         from flm.cluster.cli.answer import read_answer
 
-        self._shown = ""
-        self._request.messages.add(role="user", content=text)
-        frames = self._stub.Chat(self._request, metadata=self._target.metadata)
+        shown: list[str] = []
+
+        def remember(piece: str) -> None:
+            shown.append(piece)
+            show(piece)
+
+        said: list[Message] = [*self.messages, {"role": "user", "content": text}]
         try:
-            answer = read_answer(frames, self._remember)
-        except BaseException as error:
-            frames.cancel()
-            if isinstance(error, KeyboardInterrupt) and self._shown:
-                self._request.messages.add(role="assistant", content=self._shown)
-            else:
-                del self._request.messages[-1]
+            with self._ask(said) as stream:
+                answer = read_answer(stream, remember)
+        except KeyboardInterrupt:
+            if shown:
+                self.messages = [*said, {"role": "assistant", "content": "".join(shown)}]
             raise
-        self._request.messages.add(role="assistant", content=answer.text)
+        self.messages = [*said, {"role": "assistant", "content": answer.text}]
         return answer
 
-    def _remember(self, text: str) -> None:
-        self._shown += text
-        self._show(text)
 
-
-def _converse(speaker: _Speaker, stats: bool) -> None:
+def _converse(talk: Conversation, stats: bool) -> None:
     """Lines in, answers out, until the end of input. An error is shown and the conversation goes on."""
-    import grpc
+    from flm.cluster.cli.answer import show_text
+    from flm.worker.errors import FlmError
 
-    from flm.cluster.grpc_errors import from_rpc_error
-
-    if sys.stdin.isatty():
+    terminal = sys.stdin.isatty()
+    if terminal:
         import readline  # noqa: F401  (input() then edits lines)
     while True:
         try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
+            text = input("> " if terminal else "").strip()
             if text:
-                answer = speaker.say(text)
+                answer = talk.say(text, show_text)
                 print(f"\n[{answer.stats()}]" if stats else "")
         except KeyboardInterrupt:
             print("\n[stopped; Ctrl-D leaves]")
         except EOFError:
             print()
             return
-        except grpc.RpcError as error:
-            print(f"error: {from_rpc_error(error)}", file=sys.stderr)
+        except FlmError as error:
+            print(f"error: {error}", file=sys.stderr)

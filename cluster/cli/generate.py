@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flm.cluster.cli import gateway_call as options
+from flm.cluster.cli import gateway_options as options
 from flm.cluster.cli.options import ClusterOption
 
 
@@ -25,20 +25,19 @@ def generate(
     cluster: ClusterOption = "",
     address: options.Address = "",
     api_key: options.ApiKey = "",
+    ca_file: options.CaFile = "",
 ) -> None:
     """Continue a prompt, streaming the text."""
     from flm.cluster.cli.answer import no_show, read_answer, show_text
-    from flm.proto import flm_pb2
+    from flm.cluster.client import Sampling
 
-    target = options.find_target(cluster, address, api_key)
-    request = flm_pb2.GenerateRequest(
-        model=model,
-        prompt=options.text_argument(prompt),
-        sampling=options.sampling(max_tokens, temperature, top_p, seed, stop or []),
-    )
-    with options.open_stub(target) as stub:
-        frames = stub.Generate(request, metadata=target.metadata)
-        answer = read_answer(frames, no_show if as_json else show_text)
+    endpoint = options.gateway_endpoint(cluster, address, api_key, ca_file)
+    sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed, stop=stop or [])
+    with (
+        options.gateway_client(endpoint) as client,
+        client.generate(options.text_argument(prompt), sampling, model=model) as stream,
+    ):
+        answer = read_answer(stream, no_show if as_json else show_text)
     print(json.dumps(answer.to_json()) if as_json else "")
     if stats:
         print(answer.stats(), file=sys.stderr)

@@ -1,0 +1,47 @@
+"""Which gateway a command talks to and how it samples: options and their meaning, the same for all commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from flm.cluster.client import Client
+    from flm.cluster.client_request import Endpoint
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="The served model; may be left out where there is only one.")
+]
+Address = Annotated[str, typer.Option("--address", help="host:port of a gateway, for a cluster elsewhere.")]
+ApiKey = Annotated[str, typer.Option(envvar="FLM_API_KEY", help="Key of that gateway.")]
+CaFile = Annotated[str, typer.Option(help="PEM of the authority to trust, where that gateway speaks TLS.")]
+MaxTokens = Annotated[int | None, typer.Option(help="Most tokens of the answer.")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(help="Nucleus sampling.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Then print token counts and speed to stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def gateway_endpoint(cluster: str, address: str, api_key: str, ca_file: str) -> Endpoint:
+    """The gateway at an address, or that of a cluster running here. NotFound, InvalidRequest where there is none."""
+    from flm.cluster.client_request import Endpoint
+    from flm.cluster.state import find_endpoint
+
+    if address:
+        return Endpoint(address, api_key, ca_file)
+    found = find_endpoint(cluster)
+    return Endpoint(found.gateway, api_key or found.gateway_key, ca_file or found.ca_file)
+
+
+def gateway_client(endpoint: Endpoint) -> Client:
+    from flm.cluster.client import Client
+
+    return Client(endpoint.address, api_key=endpoint.api_key, ca_file=endpoint.ca_file)
+
+
+def text_argument(text: str) -> str:
+    """The text, or all of standard input for "-"."""
+    return sys.stdin.read() if text == "-" else text

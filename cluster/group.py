@@ -113,7 +113,8 @@ class ReplicaGroup:
     async def _watch_end(self, link: RankLink) -> None:
         reason = await link.ended()
         if not self.fault and self.ending is None:
-            self.fault = f"rank {link.rank} {reason or 'stopped by itself'}"
+            why = reason or "stopped by itself"
+            self.fault = why if why.startswith("rank ") else f"rank {link.rank}: {why}"
             self.wake()
 
     async def _report(self, link: RankLink) -> None:

@@ -24,7 +24,7 @@ from flm.worker.errors import Unavailable
 log = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
-STOP_SECONDS = 3.0  # before SIGKILL
+STOP_SECONDS = 1.0  # before SIGKILL
 # Importing Ray takes as long as checking a plan does: both happen at once, and Ray starts only when told to.
 _START = """
 import sys
@@ -39,6 +39,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_open_telemetry": "0",
     "RAY_enable_metrics_collection": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: ranks and the gateway would yield to everything else
 }
 
 

@@ -161,13 +161,11 @@ class CpuBackend:
         sums = (T * groups * 4 + 63) // 64 * 64
         scratch = self._scratch(area * self.threads + sums + T * groups * weight.group * 4)
         xsum = address(scratch) + area * self.threads
-        copied = weight.form == "int4" or K != groups * weight.group
-        prepared, stride = (xsum + sums, groups * weight.group * 4) if weight.group and copied else (x, K * 4)
-        row = [*self._weight(weight, x, T), out, bias, int(accumulate), xsum, prepared, stride, address(scratch), area]
+        row = [*self._weight(weight, x, T), out, bias, int(accumulate), xsum, xsum + sums, 0, address(scratch), area]
         row += self._weight_leaves(weight.form)
         keep = (x_TK, weight, out_TN, bias_N, scratch)
-        if weight.group and (copied or weight.offsets is not None):
-            self._emit("prepare", row, *keep, workers=self._workers(T * K, SMALL))
+        if weight.group:
+            self._emit("prepare", row, *keep, workers=self._workers(T * K, 2 * SMALL))
         self._emit("linear", row, *keep, workers=self._workers(T * K * N, SMALL))
 
     def _weight_leaves(self, form: str) -> list[int]:
@@ -188,7 +186,7 @@ class CpuBackend:
         T = columns("ids", ids_T, 1)[0]
         ids, out = check("ids", ids_T, (T,), I32), check("out", out_TE, (T, weight.shape[1]))
         row = [*self._weight(weight, ids, T), out, first_row]
-        self._emit("embedding", row, weight, ids_T, out_TE, workers=self._workers(out_TE.size, SMALL // 4))
+        self._emit("embedding", row, weight, ids_T, out_TE, workers=self._workers(out_TE.size, SMALL // 2))
 
     def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
         self._norm(x_TE, None, weight_E, eps, out_TE)
@@ -201,12 +199,12 @@ class CpuBackend:
         x, out, weight = check("x", x_TE, (T, E)), check("out", out_TE, (T, E)), check("weight", weight_E, (E,))
         delta = 0 if delta_TE is None else check("delta", delta_TE, (T, E))
         row = [x, delta, T, E, weight, float_bits(eps), out]
-        self._emit("norm", row, x_TE, delta_TE, weight_E, out_TE, workers=self._workers(T * E, SMALL))
+        self._emit("norm", row, x_TE, delta_TE, weight_E, out_TE, workers=self._workers(T * E, 2 * SMALL))
 
     def silu_mul(self, gate_up_T2F: Array, out_TF: Array) -> None:
         T, F = columns("out", out_TF)
         gate_up, out = check("gate_up", gate_up_T2F, (T, 2 * F)), check("out", out_TF, (T, F))
-        self._emit("silu_mul", [gate_up, out, T, F], gate_up_T2F, out_TF, workers=self._workers(T * F, SMALL // 4))
+        self._emit("silu_mul", [gate_up, out, T, F], gate_up_T2F, out_TF, workers=self._workers(T * F, SMALL))
 
     def rope_kv_write(
         self, qkv_TC: Array, positions_T: Array, slots_T: Array, cos_PR: Array, sin_PR: Array, cache: CpuCache, q_out_THD: Array

@@ -46,22 +46,24 @@ def call_op(ctx, address, row, worker):  # type: ignore
 
 
 @cfunc(AFFINE, cache=True)
-def affine_int4(T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride):  # type: ignore
-    affine(INT4, T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride)
+def affine_int4(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
+    affine(INT4, T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group)
 
 
 @cfunc(AFFINE, cache=True)
-def affine_int8(T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride):  # type: ignore
-    affine(INT8, T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride)
+def affine_int8(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
+    affine(INT8, T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group)
 
 
 @cfunc(AFFINE, cache=True)
-def affine_tile(T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride):  # type: ignore
-    """Any number of tokens over codes that a convert leaf has turned to float."""
+def affine_tile(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
+    """Any number of tokens over one group's codes that a convert leaf has turned to float."""
+    blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
     while T > 0:
-        n = min(T, MAX_TOKENS)
-        affine(FLOAT32, n, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride)
-        T, x, out, xsum = T - n, x + n * x_stride, out + n * 256, xsum + n * xsum_stride
+        n = (T + blocks - 1) // blocks  # even blocks: small ones run slower
+        blocks -= 1
+        affine(FLOAT32, n, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group)
+        T, x, out, xsum = T - n, x + n * k * 4, out + n * 256, xsum + n * 4
 
 
 @cfunc(CONVERT, cache=True)
@@ -77,24 +79,30 @@ def convert_int8(codes, tile, k):  # type: ignore
 @cfunc(PLAIN, cache=True)
 def plain_float32(T, lanes, w, w_stride, x, x_stride, k, out, out_stride):  # type: ignore
     """out [T, lanes] += x [T, k] @ w [k, lanes], any T."""
+    blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
     while T > 0:
-        n = min(T, MAX_TOKENS)
+        n = (T + blocks - 1) // blocks
+        blocks -= 1
         plain(FLOAT32, n, lanes, w, w_stride, x, x_stride, k, out, out_stride)
         T, x, out = T - n, x + n * x_stride, out + n * out_stride
 
 
 @cfunc(PLAIN, cache=True)
 def plain_float16(T, lanes, w, w_stride, x, x_stride, k, out, out_stride):  # type: ignore
+    blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
     while T > 0:
-        n = min(T, MAX_TOKENS)
+        n = (T + blocks - 1) // blocks
+        blocks -= 1
         plain(FLOAT16, n, lanes, w, w_stride, x, x_stride, k, out, out_stride)
         T, x, out = T - n, x + n * x_stride, out + n * out_stride
 
 
 @cfunc(PLAIN, cache=True)
 def plain_bfloat16(T, lanes, w, w_stride, x, x_stride, k, out, out_stride):  # type: ignore
+    blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
     while T > 0:
-        n = min(T, MAX_TOKENS)
+        n = (T + blocks - 1) // blocks
+        blocks -= 1
         plain(BFLOAT16, n, lanes, w, w_stride, x, x_stride, k, out, out_stride)
         T, x, out = T - n, x + n * x_stride, out + n * out_stride
 

@@ -23,16 +23,18 @@ SPLIT = 32  # lanes of a piece, when panels do not divide evenly among threads
 
 
 @njit
-def _prepare(t, x, K, Kp, group, G, form, xp, xsum):  # type: ignore
-    """Row t of x: the sums of its groups, padded to Kp, and for int4 scaled to where the nibbles stand."""
-    source, target, last = x + t * K * 4, xp + t * Kp * 4, K % group
-    sums, prescale = f32_at(xsum + t * G * 4, G), 1 if form == INT4 else 0
-    if last != 0:
-        copy(source, target, K)
-        fill(target + K * 4, Kp - K, 0.0)
-        source = target
+def _prepare(row, t):  # type: ignore
+    """Token t of x to the layout of the kernels: by groups, for int4 scaled to where the nibbles stand, and its sums."""
+    form, T, K, group, G = row[1], row[3], row[4], row[7], row[8]
+    prescale = 1 if form == INT4 else 2
     for g in range(G):
-        sums[g] = group_sum(source + g * group * 4, target + g * group * 4, group, prescale)
+        source, target = row[2] + (t * K + g * group) * 4, row[16] + (g * T + t) * group * 4
+        if g == G - 1 and K < group * G:
+            last = K - g * group
+            copy(source, target, last)
+            fill(target + last * 4, group - last, 0.0)
+            source = target
+        f32_at(row[15], G * T)[g * T + t] = group_sum(source, target, group, prescale)
 
 
 @njit
@@ -56,20 +58,22 @@ def _finish(T, lane, lanes, acc, N, out, bias, accumulate):  # type: ignore
 
 
 @njit
-def _quantised(row, panel, lane, lanes, T, x, x_stride, xsum, acc, tile):  # type: ignore
+def _quantised(row, panel, lane, lanes, t0, T, acc, tile):  # type: ignore
     """Accumulate `lanes` outputs of a panel for T tokens. Up to 6 tokens read the codes; more share converted tiles."""
     form, group, G, offsets, half = row[1], row[7], row[8], row[10], row[11]
     scale_bytes, group_bytes = 64 * (4 - 2 * half), group * (32 if form == INT4 else 64)
+    x_group, xsum_group = row[3] * group * 4, row[3] * 4
+    x, xsum = row[16] + t0 * group * 4, row[15] + t0 * 4
     w, scale = row[5] + panel * G * group_bytes, row[9] + panel * G * scale_bytes
     offset = offsets + panel * G * scale_bytes if offsets != 0 else 0
     if T <= MAX_TOKENS:
-        arguments = (T, lane, lanes, w, group_bytes, x, x_stride, group, G, acc, scale, offset, half, xsum, G * 4)
+        arguments = (T, lane, lanes, w, group_bytes, x, x_group, group, G, acc, scale, offset, half, xsum, xsum_group)
         call_leaf(row[20], arguments)
         return
     for _ in range(G):
         call_leaf(row[21], (w, tile, group))
-        call_leaf(row[22], (T, lane, lanes, tile, 0, x, x_stride, group, 1, acc, scale, offset, half, xsum, G * 4))
-        w, x, xsum, scale = w + group_bytes, x + group * 4, xsum + 4, scale + scale_bytes
+        call_leaf(row[22], (T, lane, lanes, tile, 0, x, 0, group, 1, acc, scale, offset, half, xsum, 0))
+        w, x, xsum, scale = w + group_bytes, x + x_group, xsum + xsum_group, scale + scale_bytes
         if offset != 0:
             offset += scale_bytes
 
@@ -77,15 +81,14 @@ def _quantised(row, panel, lane, lanes, T, x, x_stride, xsum, acc, tile):  # typ
 @njit
 def _piece(row, panel, lane, lanes, t0, T, work):  # type: ignore
     """Outputs panel * 64 + lane .. + lanes for tokens t0 .. t0 + T. work: CHUNK * 64 floats, then the tile."""
-    form, K, N, G, x_stride = row[1], row[4], row[6], row[8], row[17]
+    form, K, N = row[1], row[4], row[6]
     fill(work, T * 64, 0.0)
-    x = row[16] + t0 * x_stride
     if form <= INT8:
-        _quantised(row, panel, lane, lanes, T, x, x_stride, row[15] + t0 * G * 4, work, work + CHUNK * 256)
+        _quantised(row, panel, lane, lanes, t0, T, work, work + CHUNK * 256)
     else:
         width = 4 if form == FLOAT32 else 2
         w = row[5] + (panel * K * 64 + lane) * width
-        call_leaf(row[20], (T, lanes, w, 64 * width, x, x_stride, K, work + lane * 4, 256))
+        call_leaf(row[20], (T, lanes, w, 64 * width, row[2] + t0 * K * 4, K * 4, K, work + lane * 4, 256))
     _finish(T, panel * 64 + lane, lanes, work, N, row[12] + t0 * N * 4, row[13], row[14])
 
 
@@ -108,17 +111,16 @@ def _task(row, i, whole, split, work):  # type: ignore
 def prepare(address, worker):  # type: ignore
     """For integer codes, before linear. row: as linear."""
     row = i64_at(address, ROW_WIDTH)
-    form, x, T, K, group, G, xsum, xp = row[1], row[2], row[3], row[4], row[7], row[8], row[15], row[16]
-    first, last = share(row, T, worker)
+    first, last = share(row, row[3], worker)
     for t in range(first, last):
-        _prepare(t, x, K, group * G, group, G, form, xp, xsum)
+        _prepare(row, t)
     return 0
 
 
 @cfunc(OP, cache=True)
 def linear(address, worker):  # type: ignore
     """row: 1 form, 2 x, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 bias,
-    14 accumulate, 15 sums of x [T, G], 16 x as prepared, 17 its bytes per token, 18 workers' areas, 19 bytes of one,
+    14 accumulate, 15 sums of x [G, T], 16 x as prepared [G, T, group], 18 workers' areas, 19 bytes of one,
     20 the leaf for up to 6 tokens (floats: any), 21 leaf to convert a tile, 22 leaf over tiles."""
     row = i64_at(address, ROW_WIDTH)
     panels, chunks, workers = (row[6] + 63) // 64, (row[3] + CHUNK - 1) // CHUNK, row[WORKERS]

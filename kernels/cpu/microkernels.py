@@ -82,12 +82,12 @@ def _affine_body(b: Any, form: int, T: int, R: int, lane: Any, args: dict[str, A
     """One group for R * 16 outputs from `lane`."""
     w = b.add(args["w"], b.mul(lane, i64(WIDTH[form])))
     zeros = [const(VF32, 0.0)] * (T * R)
-    acc = _inner(b, form, T, R, w, i64(PANEL * WIDTH[form]), args["x"], args["x_stride"], args["k"], zeros)
+    acc = _inner(b, form, T, R, w, i64(PANEL * WIDTH[form]), args["x"], b.shl(args["k"], i64(2)), args["k"], zeros)
     places = _places(b, T, R, b.add(args["out"], b.shl(lane, i64(2))), i64(PANEL * 4))
     is_half = b.icmp_signed("!=", args["half"], i64(0))
     scale_at = b.mul(lane, b.select(is_half, i64(2), i64(4)))
     with b.if_then(b.icmp_signed("!=", args["offsets"], i64(0))):
-        sums = [splat(b, load(b, b.add(args["xsum"], b.mul(args["xsum_stride"], i64(t))), F32, 4)) for t in range(T)]
+        sums = [splat(b, load(b, b.add(args["xsum"], i64(4 * t)), F32, 4)) for t in range(T)]
         for r in range(R):
             offset = _scale_vector(b, b.add(args["offsets"], scale_at), is_half, r)
             for t in range(T):
@@ -129,17 +129,18 @@ def _switch(b: Any, tokens: Any, lane: Any, lanes: Any, body: Callable[[int, int
         switch.add_case(i64(T), block)
         b.position_at_end(block)
         at, left = lane, lanes
-        for R in (4, 2, 1) if T == 1 else (1,):
+        for R in {1: (4, 2, 1), 2: (2, 1)}.get(T, (1,)):
             at, left = _over_lanes(b, at, left, R, lambda lane, T=T, R=R: body(T, R, lane))  # type: ignore[misc]
         b.branch(end)
     b.position_at_end(end)
 
 
 @intrinsic(prefer_literal=True)
-def affine(ctx, form, T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales, offsets, half, xsum, xsum_stride):  # type: ignore
-    """G groups of k inputs for T <= 6 tokens. w_group: bytes of codes per group; strides in bytes; out [T, 64];
-    scales, offsets [G, 64], float16 where half, offsets 0 for none; xsum [T, G]."""
-    names = ("w", "w_group", "x", "x_stride", "k", "G", "out", "scales", "offsets", "half", "xsum", "xsum_stride")
+def affine(ctx, form, T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
+    """G groups of k inputs for T <= 6 tokens; out [T, 64]. x [G, T, k] and xsum [G, T] lie together by groups, so that a
+    group's x takes few cache lines: *_group are bytes from one group to the next. scales, offsets [G, 64], float16 where
+    half, offsets 0 for none."""
+    names = ("w", "w_group", "x", "x_group", "k", "G", "out", "scales", "offsets", "half", "xsum", "xsum_group")
     kind = form.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:
@@ -151,8 +152,8 @@ def affine(ctx, form, T, lane, lanes, w, w_group, x, x_stride, k, G, out, scales
         g = loop.index
         here = dict(a)
         here["w"] = b.add(a["w"], b.mul(g, a["w_group"]))
-        here["x"] = b.add(a["x"], b.mul(g, b.shl(a["k"], i64(2))))
-        here["xsum"] = b.add(a["xsum"], b.shl(g, i64(2)))
+        here["x"] = b.add(a["x"], b.mul(g, a["x_group"]))
+        here["xsum"] = b.add(a["xsum"], b.mul(g, a["xsum_group"]))
         here["scales"] = b.add(a["scales"], b.mul(g, scale_bytes))
         here["offsets"] = b.select(has_offsets, b.add(a["offsets"], b.mul(g, scale_bytes)), i64(0))
         _switch(b, T, lane, lanes, lambda T, R, lane: _affine_body(b, kind, T, R, lane, here))

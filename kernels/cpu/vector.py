@@ -158,16 +158,15 @@ def silu_times(ctx, gate, up, out, count):  # type: ignore
 
 @intrinsic
 def group_sum(ctx, x, out, count, prescale):  # type: ignore
-    """The sum of `count` (a multiple of 16) values; with prescale also out = x / 2^(4j), j = index mod 8, 0 for 7."""
+    """The sum of `count` (a multiple of 16) values, copied to out; with prescale 1 as x / 2^(4j), j = index mod 8 (7: 0)."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x, out, count, prescale = args
-        wanted = b.icmp_signed("!=", prescale, i64(0))
+        factors = b.select(b.icmp_signed("==", prescale, i64(1)), ir.Constant(VF32, PRESCALE), const(VF32, 1.0))
         loop = Loop(b, b.lshr(count, i64(4)), [const(VF32, 0.0)])
         offset = b.shl(loop.index, i64(6))
         v = load(b, b.add(x, offset), VF32, 4)
-        with b.if_then(wanted):
-            store(b, b.add(out, offset), b.fmul(v, ir.Constant(VF32, PRESCALE)), 4)
+        store(b, b.add(out, offset), b.fmul(v, factors), 4)
         (total,) = loop.finish([b.fadd(loop.values[0], v)])
         return tree(b, total, b.fadd)
 

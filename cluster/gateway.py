@@ -75,6 +75,7 @@ class Gateway:
             for spec in self._specs:
                 await self._add(spec)
         except BaseException:
+            await server.start()  # a server that never started does not let go of its port
             await server.stop(None)
             raise
         flm_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)

@@ -7,19 +7,20 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import pytest
 import pytest_asyncio
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+
 from flm.cluster.gateway import Gateway, ReplicaRoute, ServedModel
 from flm.cluster.replica_service import ReplicaServer
+from flm.cluster.router import ReplicaView
 from flm.worker.errors import InvalidRequest, Overloaded, Unavailable
 from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
 from flm.worker.scheduler import Load
 from flm.worker.tokenizer import Tokenizer
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as RustTokenizer
 
 CORPUS = "Grüße aus Köln! 世界 is wide — 😀 and «more» to say; żółw, naïve café.\n".encode()
 EOS = 256
@@ -63,6 +64,8 @@ class FakeReplica:
     failure: str = ""
     step: int = 0
     hung: bool = False
+    hold_after: int | None = None  # tokens of a request after which it waits
+    lose_last: bool = False  # fail with the last token of a request that ends by length
     accepted: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     running: dict[str, Running] = field(default_factory=dict)
@@ -122,8 +125,14 @@ class FakeReplica:
             if self.hung:
                 continue
             with self._lock:
-                events = [self._advance(r) for r in list(self.running.values())]
+                hold = float("inf") if self.hold_after is None else self.hold_after
+                events = [self._advance(r) for r in list(self.running.values()) if r.done < hold]
             self.step += 1
+            if self.lose_last and any(e.finish_reason for e in events):
+                events = [
+                    replace(e, finish_reason=FinishReason.ERROR, error="lost") if e.finish_reason else e
+                    for e in events
+                ]
             if events:
                 self._on_events(events)
 
@@ -236,8 +245,18 @@ class FakeCluster:
     async def settled(self) -> None:
         """Wait until no stream is left anywhere: cancellations have arrived, nothing leaks."""
         async with asyncio.timeout(5):
-            while self.gateway.num_running or any(s.replica.running or s.server.num_streams for s in self.seats):
+            while self.gateway.num_running or any(
+                s.replica.running or s.server.num_streams for s in self.seats
+            ):
                 await asyncio.sleep(0.005)
+
+    def views(self) -> list[ReplicaView]:
+        """The replicas as the gateway sees them."""
+        return list(self.gateway._models["m"].replicas.router.replicas.values())
+
+    def by_running(self) -> list[Seat]:
+        """Seats, those that run most requests first."""
+        return sorted(self.seats, key=lambda seat: -len(seat.replica.running))
 
     async def close(self) -> None:
         await self.gateway.stop(0)
@@ -248,6 +267,12 @@ class FakeCluster:
 
 
 StartCluster = Callable[..., Awaitable[FakeCluster]]
+
+
+@pytest.fixture
+def expected() -> Callable[..., list[int]]:
+    """expected(prompt_ids, seed, temperature=1): the tokens of an undisturbed run."""
+    return expected_tokens
 
 
 @pytest.fixture(scope="session")
@@ -277,9 +302,3 @@ async def start_cluster(tokenizer: Tokenizer) -> AsyncIterator[StartCluster]:
     for cluster in clusters:
         await cluster.close()
     assert not any(seat.server.num_streams for cluster in clusters for seat in cluster.seats)
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1 and its key."""
-    raise NotImplementedError

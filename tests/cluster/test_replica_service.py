@@ -1,0 +1,208 @@
+"""flm.v1.Replica on the wire: one call for all requests, one message per step, paced when there are many."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+import pytest
+import pytest_asyncio
+
+from flm.cluster import replica_service
+from flm.cluster.grpc_errors import from_status_bytes
+from flm.cluster.replica_service import ReplicaServer, to_frame
+from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.worker.errors import InternalError, InvalidRequest, Overloaded
+from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
+from flm.worker.scheduler import Load
+
+Events = Callable[[list[TokenEvent]], None]
+
+
+@dataclass
+class Scripted:
+    """A replica whose steps the test makes."""
+
+    state: str = "ready"
+    failure: str = ""
+    step: int = 7
+    requests: dict[str, Request] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+    refuse: Exception | None = None
+    emit: Events = lambda events: None
+
+    def start(self, on_events: Events) -> None:
+        self.emit = on_events
+
+    def submit(self, request: Request) -> None:
+        if self.refuse:
+            raise self.refuse
+        self.requests[request.request_id] = request
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    def load(self) -> Load:
+        return Load(running=2, blocks_total=10, prefix_hits=3)
+
+    def step_age(self) -> float:
+        return 0.5
+
+
+@dataclass
+class Wire:
+    replica: Scripted
+    server: ReplicaServer
+    stub: Any
+
+    async def call(self, *ids: str) -> Any:
+        """An open call with these requests running."""
+        call = self.stub.Generate()
+        await call.write(flm_pb2.ReplicaCommands(generate=[message(i) for i in ids]))
+        while not all(i in self.replica.requests for i in ids) and self.replica.refuse is None:
+            await asyncio.sleep(0.002)
+        return call
+
+
+def message(request_id: str, **fields: Any) -> flm_pb2.ReplicaGenerateRequest:
+    plain = {"max_tokens": 9, "top_p": 1.0, "repetition_penalty": 1.0, "prompt_ids": [1, 2]}
+    return flm_pb2.ReplicaGenerateRequest(request_id=request_id, **(plain | fields))
+
+
+@pytest_asyncio.fixture
+async def wire() -> AsyncIterator[Wire]:
+    replica = Scripted()
+    server = ReplicaServer(replica, "r-1")
+    async with grpc.aio.insecure_channel(await server.start()) as channel:
+        yield Wire(replica, server, flm_pb2_grpc.ReplicaStub(channel))
+    await server.stop(0)
+    assert server.num_streams == 0
+
+
+async def test_a_step_is_one_message(wire: Wire) -> None:
+    call = await wire.call("a", "b")
+    wire.replica.emit([TokenEvent("a", (5,)), TokenEvent("b", (6,)), TokenEvent("stranger", (7,))])
+    step = await call.read()
+    assert [(f.request_id, list(f.token_ids)) for f in step.frames] == [("a", [5]), ("b", [6])]
+    call.cancel()
+
+
+async def test_request_as_the_worker_sees_it(wire: Wire) -> None:
+    call = wire.stub.Generate()
+    sent = message(
+        "a", resumed_ids=[3], temperature=0.5, seed=2**63, stop_token_ids=[4], logprobs=0, cache_salt="s"
+    )
+    await call.write(flm_pb2.ReplicaCommands(generate=[sent, message("b")]))
+    while len(wire.replica.requests) < 2:
+        await asyncio.sleep(0.002)
+    request = wire.replica.requests["a"]
+    assert (request.prompt_ids, request.resumed_ids, request.cache_salt) == ((1, 2), (3,), "s")
+    params = request.params
+    assert (params.temperature, params.seed, params.stop_token_ids, params.logprobs) == (0.5, 2**63, (4,), 0)
+    assert wire.replica.requests["b"].params.logprobs is None
+    call.cancel()
+
+
+async def test_many_streams_are_paced(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire.server._service, "_frames_per_second", 20)  # two streams: every 100 ms
+    call = await wire.call("a", "b")
+    for token in range(30):
+        wire.replica.emit([TokenEvent("a", (token,)), TokenEvent("b", (token,))])
+        await asyncio.sleep(0.01)
+    wire.replica.emit([TokenEvent("a", (99,), finish_reason=FinishReason.LENGTH)])  # takes all along at once
+    steps = []
+    while not any(f.finish_reason for step in steps for f in step.frames):
+        steps.append(await asyncio.wait_for(call.read(), 0.1))
+    assert [len(f.token_ids) for f in steps[0].frames] == [1, 1]  # the first tokens do not wait
+    assert 3 <= len(steps) <= 12
+    tokens = [t for step in steps for f in step.frames if f.request_id == "a" for t in f.token_ids]
+    assert tokens == [*range(30), 99]
+    call.cancel()
+
+
+async def test_held_back_events_come_without_another_step(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire.server._service, "_frames_per_second", 20)
+    call = await wire.call("a")
+    for token in range(3):
+        wire.replica.emit([TokenEvent("a", (token,))])
+    tokens: list[int] = []
+    while len(tokens) < 3:
+        step = await asyncio.wait_for(call.read(), 1)
+        tokens += [t for f in step.frames for t in f.token_ids]
+    assert tokens == [0, 1, 2]
+    call.cancel()
+
+
+async def test_refusals_concern_one_request(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
+    call = await wire.call("a")
+    for refuse, sent in [
+        (Overloaded("full", 0.5), message("b")),
+        (None, message("a")),
+        (None, message("c", temperature=float("nan"))),
+        (ZeroDivisionError("a bug"), message("d")),
+    ]:
+        wire.replica.refuse = refuse
+        await call.write(flm_pb2.ReplicaCommands(generate=[sent]))
+        (frame,) = (await call.read()).frames
+        error = from_status_bytes(frame.refusal)
+        assert frame.request_id == sent.request_id
+        assert isinstance(error, {"b": Overloaded, "d": InternalError}.get(sent.request_id, InvalidRequest))
+    assert "a bug" in caplog.text
+    wire.replica.emit([TokenEvent("a", (5,))])
+    assert (await call.read()).frames[0].request_id == "a"
+    assert wire.server.num_streams == 1
+    call.cancel()
+
+
+async def test_cancel_one_then_leave(wire: Wire) -> None:
+    call = await wire.call("a", "b")
+    await call.write(flm_pb2.ReplicaCommands(cancel=["b", "unknown"]))
+    while wire.replica.cancelled != ["b"]:
+        await asyncio.sleep(0.002)
+    assert wire.server.num_streams == 1
+    call.cancel()
+    while wire.replica.cancelled != ["b", "a"]:
+        await asyncio.sleep(0.002)
+    wire.replica.emit([TokenEvent("a", (), finish_reason=FinishReason.CANCELLED)])  # of no effect any more
+
+
+async def test_stop_ends_streams_as_lost(wire: Wire) -> None:
+    call = await wire.call("a")
+    stopping = asyncio.ensure_future(wire.server.stop(1))
+    (frame,) = (await call.read()).frames
+    assert frame.finish_reason == flm_pb2.FINISH_REASON_ERROR
+    assert frame.error == "replica r-1 was stopped"
+    call.cancel()
+    await stopping
+
+
+async def test_heartbeat(wire: Wire) -> None:
+    wire.replica.state, wire.replica.failure = "failed", "rank 1 hung"
+    answer = await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest())
+    assert (answer.replica_id, answer.step, answer.step_age) == ("r-1", 7, 0.5)
+    assert (answer.state, answer.message) == (flm_pb2.REPLICA_STATE_FAILED, "rank 1 hung")
+    assert (answer.load.running, answer.load.blocks_total, answer.load.prefix_hits) == (2, 10, 3)
+
+
+def test_frames_of_several_events() -> None:
+    first = TokenEvent("a", (1,), (TokenLogprobs(1, -0.5, ((2, -1.0),)),), None, None, 4, 2, 1)
+    last = TokenEvent(
+        "a", (3,), (TokenLogprobs(3, -0.25),), FinishReason.STOP, 9, 4, 2, 3, Timings(1, 2, 3), "why"
+    )
+    alone = to_frame([first])
+    assert (alone.usage.prompt_tokens, alone.usage.cached_tokens, alone.usage.completion_tokens) == (4, 2, 1)
+    both = to_frame([first, last])
+    assert list(both.token_ids) == [1, 3]
+    assert [entry.token_id for entry in both.logprobs] == [1, 3]
+    assert both.logprobs[0].top[0].token_id == 2
+    assert (both.finish_reason, both.stop_token_id, both.error) == (flm_pb2.FINISH_REASON_STOP, 9, "why")
+    assert (both.usage.completion_tokens, both.timings.decode) == (3, 3)
+
+
+def test_every_finish_reason_is_known() -> None:
+    assert set(replica_service.FINISH) == set(FinishReason)

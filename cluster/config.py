@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,7 +17,7 @@ from pydantic import WithJsonSchema as JsonSchema
 
 from flm.cluster.hardware import NodeSpec
 from flm.cluster.units import Bytes
-from flm.cluster.yaml_source import ConfigErrors, YamlSource, from_validation, parse_yaml
+from flm.cluster.yaml_source import ConfigErrors, YamlPath, YamlSource, from_validation, parse_yaml
 from flm.worker.errors import ConfigError
 
 MAX_REPLICAS = 1024  # of one model: a guard against slips of the finger
@@ -151,7 +152,9 @@ class ModelSection(Section):
     path: Annotated[str, Field(min_length=1)]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
-    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = 1  # planned with, not served yet: see refuse_unserved
+    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = (
+        1  # planned with, not served yet: see refuse_unserved
+    )
     replicas: Annotated[Replicas, BeforeValidator(_replicas), JsonSchema(_REPLICAS_SCHEMA)] = Replicas(
         start=1, min=0, max=MAX_REPLICAS
     )
@@ -179,16 +182,15 @@ class ClusterConfig(Section):
         return next(model for model in self.models if model.name == name)
 
 
-def refuse_unserved(config: ClusterConfig, file: str) -> None:
-    """ConfigError where the file asks for something that can be planned but not served yet."""
+def unserved(config: ClusterConfig) -> Iterator[tuple[YamlPath, str]]:
+    """What the file asks for that can be planned but not served yet: where, and what was expected."""
     for index, model in enumerate(config.models):
-        field = f"models[{index}]"
         if model.expert_parallel > 1:
             message = "experts over several ranks can be planned but not served yet; expected 1"
-            raise ConfigError(message, file=file, field=f"{field}.expert_parallel")
+            yield ("models", index, "expert_parallel"), message
         if model.device == "cuda":
             message = "GPUs can be planned for but not served on yet; expected cpu or auto"
-            raise ConfigError(message, file=file, field=f"{field}.device")
+            yield ("models", index, "device"), message
 
 
 def load_config(path: str | Path) -> ClusterConfig:

@@ -11,11 +11,12 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flm.cluster.admin_client import AdminClient
-from flm.cluster.config import ClusterConfig, load_config, refuse_unserved
+from flm.cluster.config import ClusterConfig, load_config, unserved
 from flm.cluster.hardware import Hardware, measure_hardware
 from flm.cluster.hardware import Node as PlannedNode
 from flm.cluster.plan import Plan, plan_cluster
@@ -30,7 +31,8 @@ from flm.cluster.state import (
     save_endpoint,
     state_dir,
 )
-from flm.worker.errors import ConfigError, FlmError, Unavailable
+from flm.cluster.yaml_source import YamlPath, error_at
+from flm.worker.errors import FlmError, Unavailable
 
 STOP_SECONDS = 15.0  # for ranks to end once they have drained
 
@@ -47,45 +49,45 @@ class Checked:
 def check_file(file: Path) -> Checked:
     """Everything that can be known without reading a checkpoint. ConfigError; nothing has been started."""
     config = load_config(file)
-    refuse_unserved(config, str(file))
+    text = file.read_text(encoding="utf-8")
     running = load_endpoint(config.name)
-    if running is not None:
-        if _alive(running):
-            raise ConfigError(
-                f"cluster {config.name!r} is running already; expected another name, or `flm-cluster down` first",
-                file=str(file),
-                field="name",
-            )
+    if running is not None and not _alive(running):
         end_cluster(running)  # left over from a crash or a reboot
-    for field, listen in (("gateway.listen", config.gateway.listen), ("admin.listen", config.admin.listen)):
-        check_port(listen, field, str(file))
+        running = None
+    for path, message in _obstacles(config, running):
+        raise error_at(text, str(file), path, message)
+    return Checked(config, str(file.absolute()), text)
+
+
+def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tuple[YamlPath, str]]:
+    """Why this file cannot be started here and now: where, and what was expected."""
+    if running is not None:
+        message = f"cluster {config.name!r} runs already; expected another name, or `flm-cluster down` first"
+        yield ("name",), message
+    yield from unserved(config)
     cpus = usable_cpus()
     for index, model in enumerate(config.models):
         if config.ray.address == "local" and model.tensor_parallel > cpus:
-            raise ConfigError(
-                f"{model.tensor_parallel} ranks are larger than the machine; expected at most its {cpus} cores",
-                file=str(file),
-                field=f"models[{index}].tensor_parallel",
-            )
-    return Checked(config, str(file.absolute()), file.read_text(encoding="utf-8"))
+            message = f"{model.tensor_parallel} ranks are larger than the machine; expected at most its {cpus} cores"
+            yield ("models", index, "tensor_parallel"), message
+    for section, listen in (("gateway", config.gateway.listen), ("admin", config.admin.listen)):
+        reason = why_taken(listen)
+        if reason:
+            yield (section, "listen"), f"cannot listen on {listen}: {reason}; expected a free port"
 
 
-def check_port(listen: str, field: str, file: str) -> None:
-    """ConfigError unless `listen` could be bound now."""
+def why_taken(listen: str) -> str:
+    """Why host:port cannot be bound now, or ""."""
     host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
     try:
-        family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, int(port)))
+            probe.bind(address)
     except OSError as error:
-        reason = (
-            "the port is taken by another program" if error.errno == errno.EADDRINUSE else str(error.strerror)
-        )
-        raise ConfigError(
-            f"cannot listen on {listen}: {reason}; expected a free port", file=file, field=field
-        ) from None
+        taken = error.errno == errno.EADDRINUSE
+        return "the port is taken by another program" if taken else str(error.strerror)
+    return ""
 
 
 def check_plan(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
@@ -93,7 +95,7 @@ def check_plan(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
     return plan_cluster(config, hardware or measure_hardware())
 
 
-def facts_of(plan: Plan, config: ClusterConfig) -> dict[str, ModelFacts]:
+def facts_of(plan: Plan) -> dict[str, ModelFacts]:
     return {
         model.name: ModelFacts(
             rank_memory=max((rank.total_bytes for rank in model.ranks), default=0),
@@ -142,7 +144,7 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         namespace=f"flm-{name}-{run_id}",
         folder=str(state_dir(name) / run_id),
         run_root=f"{_shared_memory()}/flm-run-{run_id}",
-        desired=Desired(checked.text, checked.file, replicas, facts_of(plan, config)),
+        desired=Desired(checked.text, checked.file, replicas, facts_of(plan)),
     )
     endpoint = Endpoint(
         name=name,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from flm.worker.errors import ConfigError
 
-Path = tuple[str | int, ...]
+YamlPath = tuple[str | int, ...]
 
 
 class ConfigErrors(ConfigError):
@@ -30,21 +30,26 @@ class YamlSource:
 
     file: str
     data: Any = None
-    lines: dict[Path, int] = field(default_factory=dict)
+    lines: dict[YamlPath, int] = field(default_factory=dict)
     errors: list[ConfigError] = field(default_factory=list)  # duplicate keys
 
-    def error(self, path: Path, message: str) -> ConfigError:
+    def error(self, path: YamlPath, message: str) -> ConfigError:
         """A ConfigError at `path`, or at the nearest enclosing value that the file has."""
         known = next(path[:n] for n in range(len(path), -1, -1) if path[:n] in self.lines or n == 0)
         return ConfigError(message, file=self.file, line=self.lines.get(known, 1), field=dotted(path))
 
 
-def dotted(path: Path) -> str:
+def dotted(path: YamlPath) -> str:
     """("models", 0, "name") as "models[0].name"."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
+
+
+def error_at(text: str, file: str, path: YamlPath, message: str) -> ConfigError:
+    """An error of a text that was parsed before, with its line."""
+    return parse_yaml(text, file).error(path, message)
 
 
 def parse_yaml(text: str, file: str) -> YamlSource:
@@ -79,7 +84,7 @@ def parse_yaml(text: str, file: str) -> YamlSource:
     return source
 
 
-def _walk(node: yaml.Node, path: Path) -> Iterator[tuple[Path, int, bool]]:
+def _walk(node: yaml.Node, path: YamlPath) -> Iterator[tuple[YamlPath, int, bool]]:
     """(path, line, seen before) of everything below `node`, parents first."""
     if isinstance(node, yaml.MappingNode):
         seen: set[Hashable] = set()
@@ -96,15 +101,15 @@ def _walk(node: yaml.Node, path: Path) -> Iterator[tuple[Path, int, bool]]:
 
 
 def from_validation(
-    source: YamlSource, error: ValidationError, keys: Mapping[Path, list[str]]
+    source: YamlSource, error: ValidationError, keys: Mapping[YamlPath, list[str]]
 ) -> list[ConfigError]:
     """pydantic's errors as ours. `keys` holds the known keys of each section by its path without indices."""
     return [_one(source, dict(detail), keys) for detail in error.errors(include_url=False)]
 
 
-def _one(source: YamlSource, detail: dict[str, Any], keys: Mapping[Path, list[str]]) -> ConfigError:
+def _one(source: YamlSource, detail: dict[str, Any], keys: Mapping[YamlPath, list[str]]) -> ConfigError:
     # Branches of a union add their own names to the location; the file does not know those.
-    path: Path = tuple(detail["loc"])
+    path: YamlPath = tuple(detail["loc"])
     missing = detail["type"] == "missing"
     cut = len(path) - 1 if missing else len(path)
     while cut and path[:cut] not in source.lines:

@@ -56,30 +56,17 @@ def table(found: flm_pb2.ClusterStatus) -> Table:
     from flm.proto import flm_pb2
 
     made = Table()
-    for heading in (
-        "model",
-        "ready",
-        "replica",
-        "state",
-        "ranks",
-        "memory",
-        "running",
-        "waiting",
-        "KV used",
-        "restarts",
-    ):
-        made.add_column(heading)
+    for heading in ("model", "replica", "state", "memory", "running", "queued", "KV", "restarts"):
+        made.add_column(heading, no_wrap=True)
     for model in found.models:
-        ready = f"{model.ready_replicas}/{model.wanted_replicas}"
+        name = f"{model.name} {model.ready_replicas}/{model.wanted_replicas}"
         for replica in model.replicas:
             load = replica.load
             used = 1 - load.blocks_free / load.blocks_total if load.blocks_total else 0.0
             made.add_row(
-                model.name,
-                ready,
+                name,
                 replica.replica_id,
                 flm_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower(),
-                str(len(replica.ranks)),
                 format_bytes(sum(rank.resident_bytes for rank in replica.ranks)),
                 str(load.running),
                 str(load.waiting),
@@ -87,7 +74,7 @@ def table(found: flm_pb2.ClusterStatus) -> Table:
                 str(replica.restarts),
             )
         if not model.replicas:
-            made.add_row(model.name, ready)
+            made.add_row(name)
     return made
 
 

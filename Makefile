@@ -60,6 +60,7 @@ wheel: $(VENV)/.dev
 
 bench: $(VENV)/.demo .bench-venv/.ready
 	$(BIN)/python benchmarks/compare.py --peer-python .bench-venv/bin/python
+	$(BIN)/python benchmarks/bench_gateway.py
 
 stubs: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -I .typing --python_out=.typing --pyi_out=.typing \

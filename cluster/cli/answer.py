@@ -16,7 +16,8 @@ FINISH = {1: "stop", 2: "length", 3: "cancelled", 4: "error"}
 
 @dataclass
 class Answer:
-    """What came of one request; times by this client's clock, in seconds."""
+    """What came of one request. Times in seconds: first_token and seconds by this client's clock, decode (from the
+    first token to the last) by the replica's, for frames may carry several tokens."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -26,12 +27,12 @@ class Answer:
     restarts: int = 0
     first_token: float = 0.0
     seconds: float = 0.0
+    decode: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first, over the time from the first to the last."""
-        decode = self.seconds - self.first_token
-        return (len(self.token_ids) - 1) / decode if decode > 0 and len(self.token_ids) > 1 else 0.0
+        """Tokens after the first, over the time from the first to the last; 0 where there are fewer than two."""
+        return (len(self.token_ids) - 1) / self.decode if self.decode and len(self.token_ids) > 1 else 0.0
 
     def stats(self) -> str:
         moved = f", moved {self.restarts} times" if self.restarts else ""
@@ -60,6 +61,7 @@ def read_answer(frames: Iterable[flm_pb2.GenerateFrame], show: Callable[[str], N
             show(frame.text)
         if frame.finish_reason:
             answer.finish_reason = FINISH[frame.finish_reason]
+            answer.decode = frame.timings.decode
             answer.prompt_tokens, answer.cached_tokens = frame.usage.prompt_tokens, frame.usage.cached_tokens
     return answer
 

@@ -16,21 +16,15 @@ import grpc.aio
 
 from flm.cluster.grpc_errors import to_status, typed_errors
 from flm.cluster.listen import bind, create_server
+from flm.cluster.replica_messages import to_frame, to_request
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import FlmError, InternalError, InvalidRequest, Unavailable
-from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
+from flm.worker.request import FinishReason, Request, TokenEvent
 
 log = logging.getLogger(__name__)
 
 FRAMES_PER_CORE = 100  # frames per second to clients: they cost gateway and client a few percent of the cores
 MAX_FRAMES = 8000  # frames per second that one gateway's event loop can send
-
-FINISH = {
-    FinishReason.STOP: flm_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: flm_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: flm_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.ERROR: flm_pb2.FINISH_REASON_ERROR,
-}
 
 
 class ServedReplica(Protocol):
@@ -243,55 +237,3 @@ class ReplicaServer:
             self._service.close()
         if self._server is not None:
             await self._server.stop(grace)
-
-
-def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:
-    """InvalidRequest where a value is out of range (the gateway has checked them before)."""
-    return Request(
-        request_id=request.request_id,
-        prompt_ids=tuple(request.prompt_ids),
-        params=SamplingParams(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_k=request.top_k,
-            top_p=request.top_p,
-            min_p=request.min_p,
-            repetition_penalty=request.repetition_penalty,
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            seed=request.seed,
-            stop_token_ids=tuple(request.stop_token_ids),
-            ignore_eos=request.ignore_eos,
-            logprobs=request.logprobs if request.HasField("logprobs") else None,
-        ),
-        resumed_ids=tuple(request.resumed_ids),
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-    )
-
-
-def to_frame(events: list[TokenEvent]) -> flm_pb2.ReplicaFrame:
-    """One frame for `events`, which are of one request and in order. The first frame of a stream and the last
-    one carry its usage."""
-    last = events[-1]
-    token_ids = last.token_ids if len(events) == 1 else [t for event in events for t in event.token_ids]
-    frame = flm_pb2.ReplicaFrame(request_id=last.request_id, token_ids=token_ids)
-    for event in events:
-        for entry in event.logprobs:
-            top = [flm_pb2.TopLogprob(token_id=t, logprob=p) for t, p in entry.top]
-            frame.logprobs.append(
-                flm_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, top=top)
-            )
-    if last.finish_reason is not None or last.completion_tokens == len(token_ids):
-        frame.usage.prompt_tokens = last.prompt_tokens
-        frame.usage.cached_tokens = last.cached_tokens
-        frame.usage.completion_tokens = last.completion_tokens
-    if last.finish_reason is not None:
-        frame.finish_reason = FINISH[last.finish_reason]
-        frame.error = last.error
-        if last.stop_token_id is not None:
-            frame.stop_token_id = last.stop_token_id
-        frame.timings.queue = last.timings.queue
-        frame.timings.prefill = last.timings.prefill
-        frame.timings.decode = last.timings.decode
-    return frame

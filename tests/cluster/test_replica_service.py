@@ -11,12 +11,11 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 
-from flm.cluster import replica_service
 from flm.cluster.grpc_errors import from_status_bytes
-from flm.cluster.replica_service import ReplicaServer, to_frame
+from flm.cluster.replica_service import ReplicaServer
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import InternalError, InvalidRequest, Overloaded
-from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
+from flm.worker.request import FinishReason, Request, TokenEvent
 from flm.worker.scheduler import Load
 
 Events = Callable[[list[TokenEvent]], None]
@@ -187,22 +186,3 @@ async def test_heartbeat(wire: Wire) -> None:
     assert (answer.replica_id, answer.step, answer.step_age) == ("r-1", 7, 0.5)
     assert (answer.state, answer.message) == (flm_pb2.REPLICA_STATE_FAILED, "rank 1 hung")
     assert (answer.load.running, answer.load.blocks_total, answer.load.prefix_hits) == (2, 10, 3)
-
-
-def test_frames_of_several_events() -> None:
-    first = TokenEvent("a", (1,), (TokenLogprobs(1, -0.5, ((2, -1.0),)),), None, None, 4, 2, 1)
-    last = TokenEvent(
-        "a", (3,), (TokenLogprobs(3, -0.25),), FinishReason.STOP, 9, 4, 2, 3, Timings(1, 2, 3), "why"
-    )
-    alone = to_frame([first])
-    assert (alone.usage.prompt_tokens, alone.usage.cached_tokens, alone.usage.completion_tokens) == (4, 2, 1)
-    both = to_frame([first, last])
-    assert list(both.token_ids) == [1, 3]
-    assert [entry.token_id for entry in both.logprobs] == [1, 3]
-    assert both.logprobs[0].top[0].token_id == 2
-    assert (both.finish_reason, both.stop_token_id, both.error) == (flm_pb2.FINISH_REASON_STOP, 9, "why")
-    assert (both.usage.completion_tokens, both.timings.decode) == (3, 3)
-
-
-def test_every_finish_reason_is_known() -> None:
-    assert set(replica_service.FINISH) == set(FinishReason)

@@ -65,6 +65,7 @@ bench: $(VENV)/.demo .bench-venv/.ready
 stubs: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -I .typing --python_out=.typing --pyi_out=.typing \
 	  --grpc_python_out=.typing flm/proto/flm.proto
+	$(BIN)/python .ci/write_schema.py docs/cluster.schema.json
 
 clean:
 	rm -rf $(VENV) .bench-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

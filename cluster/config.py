@@ -253,9 +253,11 @@ def _cross_checks(source: YamlSource) -> list[ConfigError]:
     if admin and not (is_loopback(admin.listen) or admin.api_keys or admin.insecure):
         errors.append(source.error(("admin", "listen"), f"{admin.listen} {reachable.format('api_keys')}"))
     if gateway and admin and gateway.listen == admin.listen:
-        errors.append(
-            source.error(("admin", "listen"), f"expected another address than gateway.listen, {admin.listen}")
-        )
+        here, other = "admin", "gateway"
+        if (here, "listen") not in source.lines:
+            here, other = other, here  # the file's own line is the one to change
+        message = f"expected another address than {other}.listen, {admin.listen}"
+        errors.append(source.error((here, "listen"), message))
     models = data.get("models")
     names: dict[object, int] = {}
     for index, model in enumerate(models if isinstance(models, list) else []):

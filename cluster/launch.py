@@ -113,7 +113,7 @@ def start_warming() -> subprocess.Popen[bytes] | None:
 
     if is_cached():
         return None
-    code = "import sys; from flm.kernels.cpu.backend import warm; warm(int(sys.argv[1]))"
+    code = "import sys; from flm.kernels.cpu.configure import warm; warm(int(sys.argv[1]))"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(usable_cpus())],
         stdin=subprocess.DEVNULL,

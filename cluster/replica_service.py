@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import grpc.aio
 
-from flm.cluster.grpc_errors import to_status, typed_errors
+from flm.cluster.grpc_errors import typed_errors
 from flm.cluster.listen import bind, create_server
-from flm.cluster.replica_messages import to_frame, to_request
+from flm.cluster.outbox import Outbox
+from flm.cluster.replica_messages import to_request
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import FlmError, InternalError, InvalidRequest, Unavailable
 from flm.worker.request import FinishReason, Request, TokenEvent
@@ -43,66 +44,6 @@ class ServedReplica(Protocol):
     def step_age(self) -> float: ...
 
 
-class _Connection:
-    """One gateway's call: its live requests, their events that are not sent yet, and when to send them.
-
-    With few streams that is at once. With many, every `live / frames_per_second` seconds: a frame costs gateway and
-    client far more than the tokens in it. A stream's first and last events, and refusals, take all others along.
-    """
-
-    def __init__(self, frames_per_second: float) -> None:
-        self.live: dict[str, bool] = {}  # request id → whether it had an event
-        self._events: dict[str, list[TokenEvent]] = {}
-        self._refusals: list[flm_pb2.ReplicaFrame] = []
-        self._frames_per_second = frames_per_second
-        self._due = 0.0  # loop time
-        self._timer: asyncio.TimerHandle | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
-
-    def add(self, event: TokenEvent) -> bool:
-        """Keep an event; whether it is urgent."""
-        request_id = event.request_id
-        self._events.setdefault(request_id, []).append(event)
-        if event.finish_reason is None and self.live[request_id]:
-            return False
-        self.live[request_id] = True
-        return True
-
-    def refuse(self, request_id: str, error: FlmError) -> None:
-        refusal = to_status(error).SerializeToString()
-        self._refusals.append(flm_pb2.ReplicaFrame(request_id=request_id, refusal=refusal))
-        self.wake()
-
-    def wake_when_due(self) -> None:
-        delay = self._due - self._loop.time()
-        if delay <= 0:
-            self.wake()
-        elif self._timer is None:
-            self._timer = self._loop.call_later(delay, self.wake)
-
-    def wake(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> flm_pb2.ReplicaStep:
-        """All that is to be sent."""
-        self._waiter = self._loop.create_future()
-        if self._refusals or (self._events and self._loop.time() >= self._due):
-            self.wake()
-        elif self._events:
-            self.wake_when_due()
-        await self._waiter
-        refusals, self._refusals = self._refusals, []
-        events, self._events = self._events, {}
-        interval = len(self.live) / self._frames_per_second
-        self._due = max(self._due + interval, self._loop.time())
-        return flm_pb2.ReplicaStep(frames=[*refusals, *map(to_frame, events.values())])
-
-
 class ReplicaService(flm_pb2_grpc.ReplicaServicer):
     """The servicer. Belongs to the event loop that made it."""
 
@@ -112,7 +53,8 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._frames_per_second = min(len(os.sched_getaffinity(0)) * FRAMES_PER_CORE, MAX_FRAMES)
-        self.streams: dict[str, _Connection] = {}  # request id → whose it is
+        self._outboxes: set[Outbox] = set()
+        self.streams: dict[str, Outbox] = {}  # request id → whose it is
         replica.start(self._on_events)
 
     def _on_events(self, events: list[TokenEvent]) -> None:
@@ -121,19 +63,17 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             self._loop.call_soon_threadsafe(self._deliver, events)
 
     def _deliver(self, events: list[TokenEvent]) -> None:
-        woken: dict[_Connection, bool] = {}  # whether one of its events is urgent
+        touched = set()
         for event in events:
-            connection = self.streams.get(event.request_id)
-            if connection is None:
+            outbox = self.streams.get(event.request_id)
+            if outbox is None:
                 continue  # its client has gone
-            woken[connection] = connection.add(event) or woken.get(connection, False)
+            outbox.add(event)
+            touched.add(outbox)
             if event.finish_reason is not None:
                 self._forget(event.request_id)
-        for connection, urgent in woken.items():
-            if urgent:
-                connection.wake()
-            else:
-                connection.wake_when_due()
+        for outbox in touched:
+            outbox.announce()
 
     def _forget(self, request_id: str) -> None:
         del self.streams.pop(request_id).live[request_id]
@@ -143,30 +83,34 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self._closed = True
         error = f"replica {self._replica_id} was stopped"
         self._deliver([TokenEvent(i, finish_reason=FinishReason.ERROR, error=error) for i in self.streams])
+        for outbox in self._outboxes:
+            outbox.end()
 
     @typed_errors
     async def Generate(
         self, commands: AsyncIterator[flm_pb2.ReplicaCommands], context: grpc.aio.ServicerContext
     ) -> None:
-        connection = _Connection(self._frames_per_second)
-        reader = asyncio.create_task(self._obey(commands, connection))
+        outbox = Outbox(self._frames_per_second)
+        self._outboxes.add(outbox)
+        reader = asyncio.create_task(self._obey(commands, outbox))
         try:
-            while True:
-                await context.write(await connection.take())
+            while (step := await outbox.take()) is not None:
+                await context.write(step)
         finally:
+            self._outboxes.discard(outbox)
             reader.cancel()
-            for request_id in list(connection.live):
+            for request_id in list(outbox.live):
                 self._cancel(request_id)
 
-    async def _obey(self, commands: AsyncIterator[flm_pb2.ReplicaCommands], connection: _Connection) -> None:
+    async def _obey(self, commands: AsyncIterator[flm_pb2.ReplicaCommands], outbox: Outbox) -> None:
         async for command in commands:
             for request in command.generate:
-                self._submit(request, connection)
+                self._submit(request, outbox)
             for request_id in command.cancel:
-                if request_id in connection.live:
+                if request_id in outbox.live:
                     self._cancel(request_id)
 
-    def _submit(self, message: flm_pb2.ReplicaGenerateRequest, connection: _Connection) -> None:
+    def _submit(self, message: flm_pb2.ReplicaGenerateRequest, outbox: Outbox) -> None:
         request_id = message.request_id
         try:
             if self._closed:
@@ -174,8 +118,8 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             if request_id in self.streams:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             request = to_request(message)
-            self.streams[request_id] = connection  # before submit: events may come at once
-            connection.live[request_id] = False
+            self.streams[request_id] = outbox  # before submit: events may come at once
+            outbox.live[request_id] = False
             try:
                 self._replica.submit(request)
             except BaseException:
@@ -185,7 +129,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             if not isinstance(error, FlmError):
                 log.exception("request %s failed", request_id)
                 error = InternalError(f"{type(error).__name__}: {error}")
-            connection.refuse(request_id, error)
+            outbox.refuse(request_id, error)
 
     def _cancel(self, request_id: str) -> None:
         self._forget(request_id)

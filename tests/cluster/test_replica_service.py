@@ -176,7 +176,8 @@ async def test_stop_ends_streams_as_lost(wire: Wire) -> None:
     (frame,) = (await call.read()).frames
     assert frame.finish_reason == flm_pb2.FINISH_REASON_ERROR
     assert frame.error == "replica r-1 was stopped"
-    call.cancel()
+    assert await call.read() is grpc.aio.EOF
+    assert await call.code() is grpc.StatusCode.OK
     await stopping
 
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -21,7 +22,12 @@ from flm.kernels.cpu.backend import CpuBackend
 from flm.kernels.quant import QuantizedMatrix
 
 HIDDEN, INNER, HEADS, KV, DIM, VOCAB, LAYERS, GROUP = 576, 1536, 9, 3, 64, 49152, 30, 32
-SHAPES = {"qkv": ((HEADS + 2 * KV) * DIM, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)}
+SHAPES = {
+    "qkv": ((HEADS + 2 * KV) * DIM, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INNER, HIDDEN),
+    "down": (HIDDEN, INNER),
+}
 RNG = np.random.default_rng(0)
 
 
@@ -31,7 +37,9 @@ def random_matrix(form: str, n: int, k: int) -> QuantizedMatrix:
     codes = RNG.integers(0, 256, (n, k * bits // 8), dtype=np.uint8)
     scales = (RNG.random((n, k // GROUP)) * 0.01).astype(np.float16)
     if form == "int4":
-        return QuantizedMatrix("int4", (n, k), codes, GROUP, scales, (-7.5 * scales.astype(np.float32)).astype(np.float16))
+        return QuantizedMatrix(
+            "int4", (n, k), codes, GROUP, scales, (-7.5 * scales.astype(np.float32)).astype(np.float16)
+        )
     return QuantizedMatrix("int8", (n, k), codes.view(np.int8), GROUP, scales)
 
 
@@ -52,13 +60,20 @@ def floats(*shape: int) -> np.ndarray:
 
 
 def line(name: str, tokens: int, took: float, flops: float, nbytes: float) -> None:
-    print(f"{name:28} {tokens:5} {took * 1e6:10.1f} µs {flops / took / 1e9:8.1f} GFLOP/s {nbytes / took / 1e9:7.1f} GB/s")
+    print(
+        f"{name:28} {tokens:5} {took * 1e6:10.1f} µs {flops / took / 1e9:8.1f} GFLOP/s {nbytes / took / 1e9:7.1f} GB/s"
+    )
 
 
 def bench_linear(backend: CpuBackend, tokens: list[int]) -> None:
-    for name, form, (n, k) in [*((s, "int4", v) for s, v in SHAPES.items()), ("lm_head", "int8", (VOCAB, HIDDEN))]:
+    for name, form, (n, k) in [
+        *((s, "int4", v) for s, v in SHAPES.items()),
+        ("lm_head", "int8", (VOCAB, HIDDEN)),
+    ]:
         matrix = backend.pack(random_matrix(form, n, k))
-        copies = [matrix] + [backend.pack(random_matrix(form, n, k)) for _ in range(max(0, int(160e6 / matrix.nbytes) - 1))]
+        copies = [matrix] + [
+            backend.pack(random_matrix(form, n, k)) for _ in range(max(0, int(160e6 / matrix.nbytes) - 1))
+        ]
         for t in tokens:
             x, out = floats(t, k), backend.empty((t, n))
             used = copies if t <= 64 else copies[:2]
@@ -74,7 +89,11 @@ def bench_attention(backend: CpuBackend, tokens: list[int]) -> None:
     for dtype in (np.float32, np.float16):
         cache = backend.kv_cache(blocks, size, KV, DIM, dtype)
         cache.k[...], cache.v[...] = floats(*cache.k.shape), floats(*cache.v.shape)
-        for t, context in [*((t, 512) for t in tokens if t <= 16), *((t, 2048) for t in tokens if t == 1), (512, 512)]:
+        for t, context in [
+            *((t, 512) for t in tokens if t <= 16),
+            *((t, 2048) for t in tokens if t == 1),
+            (512, 512),
+        ]:
             prefill = t == 512
             tables = np.tile(RNG.permutation(blocks).astype(np.int32), (t, 1))
             index = np.zeros(t, np.int32) if prefill else np.arange(t, dtype=np.int32)
@@ -92,13 +111,13 @@ def bench_small(backend: CpuBackend, tokens: list[int]) -> None:
     cache = backend.kv_cache(64, 32, KV, DIM)
     cos, sin, weight = floats(2048, DIM // 2), floats(2048, DIM // 2), floats(HIDDEN)
     for t in tokens:
-        x, delta, out = floats(t, HIDDEN), floats(t, HIDDEN), backend.empty((t, HIDDEN))
+        x, _delta, out = floats(t, HIDDEN), floats(t, HIDDEN), backend.empty((t, HIDDEN))
         gate_up, act, qkv = floats(t, 2 * INNER), backend.empty((t, INNER)), floats(t, (HEADS + 2 * KV) * DIM)
         slots, q = np.arange(t, dtype=np.int32), backend.empty((t, HEADS, DIM))
         calls: dict[str, Callable[[], None]] = {
-            "rms_norm": lambda: backend.rms_norm(x, weight, 1e-5, out),
-            "silu_mul": lambda: backend.silu_mul(gate_up, act),
-            "rope_kv_write": lambda: backend.rope_kv_write(qkv, slots, slots, cos, sin, cache, q),
+            "rms_norm": partial(backend.rms_norm, x, weight, 1e-5, out),
+            "silu_mul": partial(backend.silu_mul, gate_up, act),
+            "rope_kv_write": partial(backend.rope_kv_write, qkv, slots, slots, cos, sin, cache, q),
         }
         for name, call in calls.items():
             with backend.capture() as graph:
@@ -111,12 +130,16 @@ def bench_small(backend: CpuBackend, tokens: list[int]) -> None:
 def bench_sample(backend: CpuBackend, tokens: list[int]) -> None:
     for vocab in (VOCAB, 151936):
         for rows in (1, 16):
-            logits, ids, values = floats(rows, vocab) * 3, np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+            logits, ids, values = (
+                floats(rows, vocab) * 3,
+                np.zeros(rows, np.int32),
+                np.zeros(rows, np.float32),
+            )
             greedy = SamplingBatch.greedy(rows)
             warm = replace(greedy, temperature_S=np.ones(rows, np.float32))
             top = replace(warm, top_k_S=np.full(rows, 50, np.int32), top_p_S=np.full(rows, 0.9, np.float32))
             for name, batch in {"greedy": greedy, "temperature": warm, "top_k top_p": top}.items():
-                took = seconds(lambda b=batch: backend.sample(logits, b, ids, values), 0.2)  # type: ignore[misc]
+                took = seconds(partial(backend.sample, logits, batch, ids, values), 0.2)
                 line(f"sample {name} {vocab}", rows, took, logits.size, logits.nbytes)
 
 
@@ -128,14 +151,26 @@ def bench_model(backend: CpuBackend, tokens: list[int]) -> None:
     for t in tokens:
         prefill = t >= 64
         blocks = 16 if prefill else 8
-        caches = [backend.kv_cache(blocks * (1 if prefill else t), 32, KV, DIM, np.float16) for _ in range(LAYERS)]
+        caches = [
+            backend.kv_cache(blocks * (1 if prefill else t), 32, KV, DIM, np.float16) for _ in range(LAYERS)
+        ]
         tables = np.arange(blocks * (1 if prefill else t), dtype=np.int32).reshape(-1, blocks)
         index = np.zeros(t, np.int32) if prefill else np.arange(t, dtype=np.int32)
         positions = np.arange(t, dtype=np.int32) if prefill else np.full(t, 127, np.int32)
         slots = positions + (0 if prefill else np.arange(t, dtype=np.int32) * 32 * blocks)
         slots = slots.astype(np.int32)
-        x, h, delta, qkv = floats(t, HIDDEN), floats(t, HIDDEN), floats(t, HIDDEN), floats(t, SHAPES["qkv"][0])
-        q, o, gate_up, act = floats(t, HEADS, DIM), floats(t, HEADS, DIM), floats(t, 2 * INNER), floats(t, INNER)
+        x, h, delta, qkv = (
+            floats(t, HIDDEN),
+            floats(t, HIDDEN),
+            floats(t, HIDDEN),
+            floats(t, SHAPES["qkv"][0]),
+        )
+        q, o, gate_up, act = (
+            floats(t, HEADS, DIM),
+            floats(t, HEADS, DIM),
+            floats(t, 2 * INNER),
+            floats(t, INNER),
+        )
         rows = 1 if prefill else t
         last, logits, at = floats(rows, HIDDEN), floats(rows, VOCAB), np.arange(rows, dtype=np.int32)
         batch, ids, values = SamplingBatch.greedy(rows), np.zeros(rows, np.int32), np.zeros(rows, np.float32)
@@ -160,7 +195,13 @@ def bench_model(backend: CpuBackend, tokens: list[int]) -> None:
         line(f"model step, {t / took:.0f} tokens/s", t, took, 2.0 * macs, nbytes)
 
 
-BENCHES = {"linear": bench_linear, "attention": bench_attention, "small": bench_small, "sample": bench_sample, "model": bench_model}
+BENCHES = {
+    "linear": bench_linear,
+    "attention": bench_attention,
+    "small": bench_small,
+    "sample": bench_sample,
+    "model": bench_model,
+}
 
 
 def main() -> None:

@@ -119,12 +119,19 @@ class Backend(Protocol):
         """A weight in this backend's layout. Not recorded by capture()."""
         ...
 
-    def kv_cache(self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32) -> KVCache:
+    def kv_cache(
+        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
+    ) -> KVCache:
         """A zeroed cache, float32 or float16. block_size must be a multiple of 16."""
         ...
 
     def linear(
-        self, x_TK: Array, weight: PackedMatrix, out_TN: Array, bias_N: Array | None = None, accumulate: bool = False
+        self,
+        x_TK: Array,
+        weight: PackedMatrix,
+        out_TN: Array,
+        bias_N: Array | None = None,
+        accumulate: bool = False,
     ) -> None:
         """out = x @ weight.T (+ bias), or out += that where accumulate. out must not overlap x."""
         ...
@@ -146,7 +153,14 @@ class Backend(Protocol):
         ...
 
     def rope_kv_write(
-        self, qkv_TC: Array, positions_T: Array, slots_T: Array, cos_PR: Array, sin_PR: Array, cache: KVCache, q_out_THD: Array
+        self,
+        qkv_TC: Array,
+        positions_T: Array,
+        slots_T: Array,
+        cos_PR: Array,
+        sin_PR: Array,
+        cache: KVCache,
+        q_out_THD: Array,
     ) -> None:
         """Rotate q and k (halves: column d pairs with d + R; columns from 2R on stay), store k and v, put q in q_out.
 

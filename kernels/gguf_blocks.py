@@ -99,8 +99,8 @@ def _q5_k(b: Blocks) -> Affine:
 
 
 def _q6_k(b: Blocks) -> Affine:
-    low = b[:, :128].reshape(len(b), 2, 1, 64)
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(len(b), 256)
+    runs = b[:, :128].reshape(len(b), 2, 1, 64)
+    low = np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(b), 256)
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
     high = ((b[:, 128:192].reshape(len(b), 2, 1, 32) >> shifts) & 3).reshape(len(b), 256)
     codes = (low | (high << 4)).astype(np.int8) - np.int8(32)

@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from flm.kernels.errors import DTypeError, ShapeError, UnsupportedFormat
 from flm.kernels.gguf_blocks import BLOCK_TYPES, TYPE_NUMBERS
 
-FLOAT_DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 Array = NDArray[Any]
 
 
@@ -78,9 +82,13 @@ class QuantizedMatrix:
         return self._rows(index, len(index))
 
     def _rows(self, key: Any, count: int) -> QuantizedMatrix:
-        pick = lambda a: None if a is None else a[key]  # noqa: E731
+        pick = lambda a: None if a is None else a[key]
         return replace(
-            self, shape=(count, self.shape[1]), codes=self.codes[key], scales=pick(self.scales), offsets=pick(self.offsets)
+            self,
+            shape=(count, self.shape[1]),
+            codes=self.codes[key],
+            scales=pick(self.scales),
+            offsets=pick(self.offsets),
         )
 
     def slice_cols(self, start: int, stop: int) -> QuantizedMatrix:
@@ -89,9 +97,13 @@ class QuantizedMatrix:
         if not 0 <= start <= stop <= k:
             raise ShapeError(f"columns {start}..{stop} asked of a matrix with {k} columns")
         if self.scales is None:
-            return replace(self, shape=(n, stop - start), codes=np.ascontiguousarray(self.codes[:, start:stop]))
+            return replace(
+                self, shape=(n, stop - start), codes=np.ascontiguousarray(self.codes[:, start:stop])
+            )
         if start % self.group or (stop % self.group and stop != k):
-            raise ShapeError(f"columns {start}..{stop} cut a group of {self.group}; use multiples of {self.group}")
+            raise ShapeError(
+                f"columns {start}..{stop} cut a group of {self.group}; use multiples of {self.group}"
+            )
         first, last = start // self.group, -(-stop // self.group)
         per_group = self.group if self.format == "int8" else self.group // 2
         return replace(

@@ -115,7 +115,12 @@ class ReferenceBackend:
             self._graph.calls.append(call)
 
     def linear(
-        self, x_TK: Array, weight: ReferenceMatrix, out_TN: Array, bias_N: Array | None = None, accumulate: bool = False
+        self,
+        x_TK: Array,
+        weight: ReferenceMatrix,
+        out_TN: Array,
+        bias_N: Array | None = None,
+        accumulate: bool = False,
     ) -> None:
         def call() -> None:
             y_TN = x_TK.astype(self.dtype) @ weight.values.astype(self.dtype).T
@@ -206,7 +211,9 @@ class ReferenceBackend:
                 slots = (blocks[:, None].astype(np.int64) * cache.block_size + offsets).reshape(-1)[:length]
                 k_LHD = cache.k[slots][:, kv_of_head].astype(self.dtype)
                 v_LHD = cache.v[slots][:, kv_of_head].astype(self.dtype)
-                scores_HL = np.einsum("hd,lhd->hl", q_THD[t].astype(self.dtype), k_LHD) * self.dtype.type(scale)
+                scores_HL = np.einsum("hd,lhd->hl", q_THD[t].astype(self.dtype), k_LHD) * self.dtype.type(
+                    scale
+                )
                 weights_HL = np.exp(scores_HL - scores_HL.max(axis=1, keepdims=True))
                 weights_HL /= weights_HL.sum(axis=1, keepdims=True)
                 out_THD[t] = np.einsum("hl,lhd->hd", weights_HL, v_LHD)
@@ -260,7 +267,9 @@ class ReferenceBackend:
                 for r, whole in enumerate(gathered):
                     piece = whole[start : start + step]
                     piece[...] = group.slot(r, epoch)[: piece.nbytes].view(x_SN.dtype)
-            out_SN[...] = np.concatenate([g.reshape(rows, w) for g, w in zip(gathered, widths, strict=True)], axis=1)
+            out_SN[...] = np.concatenate(
+                [g.reshape(rows, w) for g, w in zip(gathered, widths, strict=True)], axis=1
+            )
 
         self._do(call)
 

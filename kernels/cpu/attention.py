@@ -96,7 +96,9 @@ def _run(row, t0, n, sequence, j, work):  # type: ignore
     for r in range(0, rows, MAX_TOKENS):
         m = min(rows - r, MAX_TOKENS)
         some = slice(r, r + m)
-        _softmax_values(row, m, scores + r * stride, stride, lengths[some], sums[some], table, j, out + r * Dp * 4)
+        _softmax_values(
+            row, m, scores + r * stride, stride, lengths[some], sums[some], table, j, out + r * Dp * 4
+        )
     for r in range(rows):
         t, h = t0 + r // heads, first + r % heads
         copy(out + r * Dp * 4, row[13] + (t * H + h) * D * 4, D)

@@ -8,81 +8,35 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
+from flm.kernels.cpu.arrays import (
+    I32,
+    PARAMETERS,
+    U8,
+    CpuCache,
+    address,
+    check,
+    check_parameter,
+    columns,
+    float_bits,
+)
 from flm.kernels.cpu.configure import load_kernels
 from flm.kernels.cpu.graph import MISSING_COLUMN, CpuGraph, raise_status
 from flm.kernels.cpu.opcodes import ROW_WIDTH, WORKERS
-from flm.kernels.cpu.pack import FORMS, CpuMatrix, aligned, pack
+from flm.kernels.cpu.pack import CpuMatrix, aligned, pack
 from flm.kernels.errors import DTypeError, KernelError, ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
 
 Array = NDArray[Any]
-F32, I32, U8 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.uint8)
 SMALL = 60_000  # elements, or products, below which starting threads costs more than it saves
 TILE_ROWS = 24  # query rows of one attention task
 CHUNK = 48  # tokens of one linear task, as in linear.py
-
-
-@dataclass(frozen=True, eq=False)
-class CpuCache:
-    """k [blocks, J, D, block size], v [blocks, J, block size, D rounded up to 16]; float32 or float16."""
-
-    k: Array
-    v: Array
-
-    @property
-    def num_blocks(self) -> int:
-        return int(self.k.shape[0])
-
-    @property
-    def block_size(self) -> int:
-        return int(self.k.shape[3])
-
-    @property
-    def kv_heads(self) -> int:
-        return int(self.k.shape[1])
-
-    @property
-    def head_dim(self) -> int:
-        return int(self.k.shape[2])
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-
-def address(array: Array | None) -> int:
-    """Where the data lies; 0 for None."""
-    return 0 if array is None else int(array.__array_interface__["data"][0])
-
-
-def float_bits(value: float) -> int:
-    """The bits of a float32."""
-    return int(np.float32(value).view(np.int32))
-
-
-def check(name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype[Any] = F32) -> int:
-    """The address of an array with this shape and dtype, contiguous."""
-    if array.dtype != dtype:
-        raise DTypeError(f"{name}: {dtype} expected, got {array.dtype}")
-    if array.shape != shape or not array.flags.c_contiguous:
-        layout = "" if array.flags.c_contiguous else ", not C-contiguous"
-        raise ShapeError(f"{name}: {shape} expected, got {array.shape}{layout}")
-    return address(array)
-
-
-def columns(name: str, array: Array, dims: int = 2) -> tuple[int, ...]:
-    """The shape of an array that must have `dims` dimensions."""
-    if array.ndim != dims:
-        raise ShapeError(f"{name}: {dims} dimensions expected, got shape {array.shape}")
-    return tuple(array.shape)
 
 
 class CpuBackend:
@@ -108,7 +62,9 @@ class CpuBackend:
     def pack(self, matrix: QuantizedMatrix) -> CpuMatrix:
         return pack(matrix)
 
-    def kv_cache(self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32) -> CpuCache:
+    def kv_cache(
+        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
+    ) -> CpuCache:
         if block_size % 16 or block_size <= 0:
             raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
         if np.dtype(dtype) not in (np.float32, np.float16):
@@ -151,7 +107,12 @@ class CpuBackend:
         return self._area
 
     def linear(
-        self, x_TK: Array, weight: CpuMatrix, out_TN: Array, bias_N: Array | None = None, accumulate: bool = False
+        self,
+        x_TK: Array,
+        weight: CpuMatrix,
+        out_TN: Array,
+        bias_N: Array | None = None,
+        accumulate: bool = False,
     ) -> None:
         T, (N, K) = columns("x", x_TK)[0], weight.shape
         x, out = check("x", x_TK, (T, K)), check("out", out_TN, (T, N))
@@ -161,7 +122,17 @@ class CpuBackend:
         sums = (T * groups * 4 + 63) // 64 * 64
         scratch = self._scratch(area * self.threads + sums + T * groups * weight.group * 4)
         xsum = address(scratch) + area * self.threads
-        row = [*self._weight(weight, x, T), out, bias, int(accumulate), xsum, xsum + sums, 0, address(scratch), area]
+        row = [
+            *weight.row(x, T),
+            out,
+            bias,
+            int(accumulate),
+            xsum,
+            xsum + sums,
+            0,
+            address(scratch),
+            area,
+        ]
         row += self._weight_leaves(weight.form)
         keep = (x_TK, weight, out_TN, bias_N, scratch)
         if weight.group:
@@ -173,19 +144,10 @@ class CpuBackend:
             return [self._leaves[name] for name in (f"affine_{form}", f"convert_{form}", "affine_tile")]
         return [self._leaves[f"plain_{form}"], 0, 0]
 
-    @staticmethod
-    def _weight(weight: CpuMatrix, rows: int, count: int) -> list[int]:
-        """Fields 1 to 11 of the rows that read a packed weight."""
-        (N, K), group = weight.shape, weight.group
-        half = int(weight.scales is not None and weight.scales.dtype == np.float16)
-        groups = -(-K // group) if group else 0
-        places = [address(weight.scales), address(weight.offsets)]
-        return [FORMS[weight.form], rows, count, K, address(weight.codes), N, group, groups, *places, half]
-
     def embedding(self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
         T = columns("ids", ids_T, 1)[0]
         ids, out = check("ids", ids_T, (T,), I32), check("out", out_TE, (T, weight.shape[1]))
-        row = [*self._weight(weight, ids, T), out, first_row]
+        row = [*weight.row(ids, T), out, first_row]
         self._emit("embedding", row, weight, ids_T, out_TE, workers=self._workers(out_TE.size, SMALL // 2))
 
     def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
@@ -196,7 +158,11 @@ class CpuBackend:
 
     def _norm(self, x_TE: Array, delta_TE: Array | None, weight_E: Array, eps: float, out_TE: Array) -> None:
         T, E = columns("x", x_TE)
-        x, out, weight = check("x", x_TE, (T, E)), check("out", out_TE, (T, E)), check("weight", weight_E, (E,))
+        x, out, weight = (
+            check("x", x_TE, (T, E)),
+            check("out", out_TE, (T, E)),
+            check("weight", weight_E, (E,)),
+        )
         delta = 0 if delta_TE is None else check("delta", delta_TE, (T, E))
         row = [x, delta, T, E, weight, float_bits(eps), out]
         self._emit("norm", row, x_TE, delta_TE, weight_E, out_TE, workers=self._workers(T * E, 2 * SMALL))
@@ -207,12 +173,21 @@ class CpuBackend:
         self._emit("silu_mul", [gate_up, out, T, F], gate_up_T2F, out_TF, workers=self._workers(T * F, SMALL))
 
     def rope_kv_write(
-        self, qkv_TC: Array, positions_T: Array, slots_T: Array, cos_PR: Array, sin_PR: Array, cache: CpuCache, q_out_THD: Array
+        self,
+        qkv_TC: Array,
+        positions_T: Array,
+        slots_T: Array,
+        cos_PR: Array,
+        sin_PR: Array,
+        cache: CpuCache,
+        q_out_THD: Array,
     ) -> None:
         T, H, D = columns("q_out", q_out_THD, 3)
         J, (P, R), bs = cache.kv_heads, columns("cos", cos_PR), cache.block_size
-        if D != cache.head_dim or 2 * R > D:
-            raise ShapeError(f"heads of {cache.head_dim} and tables of at most half of that expected, got {D} and {R}")
+        if cache.head_dim != D or 2 * R > D:
+            raise ShapeError(
+                f"heads of {cache.head_dim} and tables of at most half of that expected, got {D} and {R}"
+            )
         qkv, q_out = check("qkv", qkv_TC, (T, (H + 2 * J) * D)), check("q_out", q_out_THD, (T, H, D))
         positions, slots = check("positions", positions_T, (T,), I32), check("slots", slots_T, (T,), I32)
         cos, sin = check("cos", cos_PR, (P, R)), check("sin", sin_PR, (P, R))
@@ -233,23 +208,46 @@ class CpuBackend:
         out_THD: Array,
     ) -> None:
         T, H, D = columns("q", q_THD, 3)
-        (S, B), J, bs, Dp = columns("block_tables", block_tables_SB), cache.kv_heads, cache.block_size, cache.v.shape[3]
+        (S, B), J, bs, Dp = (
+            columns("block_tables", block_tables_SB),
+            cache.kv_heads,
+            cache.block_size,
+            cache.v.shape[3],
+        )
         q, out = check("q", q_THD, (T, H, cache.head_dim)), check("out", out_THD, (T, H, D))
         tables = check("block_tables", block_tables_SB, (S, B), I32)
-        index, positions = check("seq_index", seq_index_T, (T,), I32), check("positions", positions_T, (T,), I32)
+        index, positions = (
+            check("seq_index", seq_index_T, (T,), I32),
+            check("positions", positions_T, (T,), I32),
+        )
         heads = -(-H // J)
         tile = max(1, min(TILE_ROWS // heads, -(-T * J // (4 * self.threads))))
         area = (tile * heads * (4 * (D + Dp + 1 + B * bs) + 8) + 192) // 64 * 64
         scratch = self._scratch(area * self.threads)
         row = [q, T, index, positions, H, J, D, Dp, bs, int(cache.k.dtype == np.float16)]
-        row += [address(cache.k), address(cache.v), out, tables, B, S, float_bits(scale), tile, address(scratch), area]
+        row += [
+            address(cache.k),
+            address(cache.v),
+            out,
+            tables,
+            B,
+            S,
+            float_bits(scale),
+            tile,
+            address(scratch),
+            area,
+        ]
         row += [self._leaves[f"plain_{cache.k.dtype.name}"]]
         keep = (q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, scratch)
         self._emit("paged_attention", row, *keep, workers=min(self.threads, -(-T // tile) * J))
 
     def take_rows(self, x_TE: Array, rows_S: Array, out_SE: Array) -> None:
         (T, E), S = columns("x", x_TE), columns("rows", rows_S, 1)[0]
-        x, rows, out = check("x", x_TE, (T, E)), check("rows", rows_S, (S,), I32), check("out", out_SE, (S, E))
+        x, rows, out = (
+            check("x", x_TE, (T, E)),
+            check("rows", rows_S, (S,), I32),
+            check("out", out_SE, (S, E)),
+        )
         self._emit("take_rows", [x, rows, S, E, out], x_TE, rows_S, out_SE)
 
     def sample(
@@ -269,9 +267,12 @@ class CpuBackend:
             tops = [check("top_ids", top_ids_SN, (S, N), I32), check("top_logprobs", top_logprobs_SN, (S, N))]
         row_ptr = check("row_ptr", batch.row_ptr, (S + 1,), I32)
         counted = (int(batch.row_ptr[-1]),)
-        lists = [check("token_ids", batch.token_ids, counted, I32), check("in_prompt", batch.in_prompt, counted, U8)]
+        lists = [
+            check("token_ids", batch.token_ids, counted, I32),
+            check("in_prompt", batch.in_prompt, counted, U8),
+        ]
         lists += [check("output_count", batch.output_count, counted, I32)]
-        area = (V * 12 + 2048 * 16 + 192) // 64 * 64
+        area = (V * 12 + V // 16 + 2048 * 16 + 256) // 64 * 64
         scratch = self._scratch(area * self.threads)
         row = [check("logits", logits_SV, (S, V)), S, V, *parameters]
         row += [row_ptr, *lists, check("ids", ids_S, (S,), I32), *tops, N]
@@ -305,17 +306,6 @@ class CpuBackend:
         self._collective("barrier", group, None, [])
 
 
-PARAMETERS = (
-    ("temperature_S", F32), ("top_k_S", I32), ("top_p_S", F32), ("min_p_S", F32), ("repetition_S", F32),
-    ("presence_S", F32), ("frequency_S", F32), ("seed_S", np.dtype(np.uint64)), ("position_S", np.dtype(np.int64)),
-)  # fmt: skip
-
-
-def check_parameter(batch: SamplingBatch, name: str, dtype: np.dtype[Any], rows: int) -> int:
-    """The address of one of the batch's arrays."""
-    return check(name, getattr(batch, name), (rows,), dtype)
-
-
 def warm(threads: int) -> None:
-    """Compile the kernels, or load them from the cache; takes up to a minute once per machine and version."""
+    """Compile the kernels, or load them from the cache; compiling takes half a minute, once per machine and version."""
     load_kernels(threads)

@@ -13,7 +13,16 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flm.kernels.cpu.memory import clock_gettime, f32_at, i64_at, load_acquire, sched_yield, store_release, u8_at, usleep
+from flm.kernels.cpu.memory import (
+    clock_gettime,
+    f32_at,
+    i64_at,
+    load_acquire,
+    sched_yield,
+    store_release,
+    u8_at,
+    usleep,
+)
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH
 
 OK, TIMEOUT, ABORTED = 0, 1, 2

@@ -38,7 +38,7 @@ def cache_directory() -> Path:
 
 def is_cached() -> bool:
     """Whether this version was compiled into the cache before; loading then takes a moment, else about half a minute."""
-    return any(cache_directory().glob("**/run_program*.nbc")) or any(cache_directory().glob("**/*run_program*.nbc"))
+    return any(cache_directory().glob("**/*run_program*.nbc"))
 
 
 def load_kernels(threads: int) -> Kernels:
@@ -49,7 +49,9 @@ def load_kernels(threads: int) -> Kernels:
         limit = numba.config.NUMBA_NUM_THREADS
         if threads < 1 or threads > limit:
             if threads < 1 or _launched():
-                raise KernelError(f"between 1 and {limit} threads expected (numba is already running), got {threads}")
+                raise KernelError(
+                    f"between 1 and {limit} threads expected (numba is already running), got {threads}"
+                )
             numba.config.NUMBA_NUM_THREADS = threads
         _require_openmp(numba)
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
@@ -57,7 +59,14 @@ def load_kernels(threads: int) -> Kernels:
             from flm.kernels.cpu import attention, collective, elementwise, leaves, linear, program, sampling
         finally:
             numba.config.CACHE_DIR = before
-    ops = [linear.linear, linear.prepare, linear.embedding, elementwise.norm, elementwise.silu_mul, elementwise.rope_kv_write]
+    ops = [
+        linear.linear,
+        linear.prepare,
+        linear.embedding,
+        elementwise.norm,
+        elementwise.silu_mul,
+        elementwise.rope_kv_write,
+    ]
     ops += [elementwise.take_rows, attention.paged_attention, sampling.sample, collective.all_reduce]
     ops += [collective.all_gather_cols, collective.broadcast, collective.barrier]
     run_program: Any = program.run_program
@@ -66,7 +75,9 @@ def load_kernels(threads: int) -> Kernels:
         numba.set_num_threads(threads)  # per calling thread
         return int(run_program(rows.ctypes.data, len(rows)))
 
-    return Kernels(run, {op.__name__: op.address for op in ops}, {leaf.__name__: leaf.address for leaf in leaves.LEAVES})
+    return Kernels(
+        run, {op.__name__: op.address for op in ops}, {leaf.__name__: leaf.address for leaf in leaves.LEAVES}
+    )
 
 
 def _launched() -> bool:

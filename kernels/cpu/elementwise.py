@@ -14,6 +14,7 @@ from flm.kernels.cpu.memory import copy, f32_at, float_of_bits, i32_at, i64_at, 
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, share
 from flm.kernels.cpu.vector import silu_times, sum_of_squares
 
+
 @njit
 def _norm_row(row, t):  # type: ignore
     E = row[4]

@@ -11,7 +11,14 @@ from typing import Any
 from llvmlite import ir
 
 LANES = 16
-F32, F16, I8, I16, I32, I64 = ir.FloatType(), ir.HalfType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, F16, I8, I16, I32, I64 = (
+    ir.FloatType(),
+    ir.HalfType(),
+    ir.IntType(8),
+    ir.IntType(16),
+    ir.IntType(32),
+    ir.IntType(64),
+)
 VF32, VF16 = ir.VectorType(F32, LANES), ir.VectorType(F16, LANES)
 VI8, VI16, VI32 = ir.VectorType(I8, LANES), ir.VectorType(I16, LANES), ir.VectorType(I32, LANES)
 Value = Any

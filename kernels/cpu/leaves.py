@@ -13,7 +13,17 @@ from numba import cfunc, types
 from numba.extending import intrinsic
 
 from flm.kernels.cpu.ir import I64
-from flm.kernels.cpu.microkernels import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, MAX_TOKENS, affine, convert, plain
+from flm.kernels.cpu.microkernels import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    INT4,
+    INT8,
+    MAX_TOKENS,
+    affine,
+    convert,
+    plain,
+)
 
 AFFINE = types.void(*[types.int64] * 15)
 PLAIN = types.void(*[types.int64] * 9)
@@ -47,12 +57,26 @@ def call_op(ctx, address, row, worker):  # type: ignore
 
 @cfunc(AFFINE, cache=True)
 def affine_int4(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
-    affine(INT4, T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group)
+    blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
+    while T > 0:
+        n = (T + blocks - 1) // blocks  # even blocks: small ones run slower
+        blocks -= 1
+        affine(
+            INT4, n, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group
+        )
+        T, x, out, xsum = T - n, x + n * k * 4, out + n * 256, xsum + n * 4
 
 
 @cfunc(AFFINE, cache=True)
 def affine_int8(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
-    affine(INT8, T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group)
+    blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
+    while T > 0:
+        n = (T + blocks - 1) // blocks  # even blocks: small ones run slower
+        blocks -= 1
+        affine(
+            INT8, n, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group
+        )
+        T, x, out, xsum = T - n, x + n * k * 4, out + n * 256, xsum + n * 4
 
 
 @cfunc(AFFINE, cache=True)
@@ -62,7 +86,24 @@ def affine_tile(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offse
     while T > 0:
         n = (T + blocks - 1) // blocks  # even blocks: small ones run slower
         blocks -= 1
-        affine(FLOAT32, n, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group)
+        affine(
+            FLOAT32,
+            n,
+            lane,
+            lanes,
+            w,
+            w_group,
+            x,
+            x_group,
+            k,
+            G,
+            out,
+            scales,
+            offsets,
+            half,
+            xsum,
+            xsum_group,
+        )
         T, x, out, xsum = T - n, x + n * k * 4, out + n * 256, xsum + n * 4
 
 

@@ -7,18 +7,17 @@ more share tiles of codes converted to float, on which the same sums run.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import cfunc, njit
 
 from flm.kernels.cpu.leaves import call_leaf
 from flm.kernels.cpu.memory import copy, f32_at, fill, float_of_bits, i32_at, i64_at, load_half, u8_at, u32_at
-from flm.kernels.cpu.microkernels import FLOAT16, FLOAT32, INT4, INT8, MAX_TOKENS
+from flm.kernels.cpu.microkernels import FLOAT16, FLOAT32, INT4, INT8
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, WORKERS, next_task, share
 from flm.kernels.cpu.vector import group_sum
 
 CHUNK = 48  # tokens that share one converted tile: accumulators, tile and x stay in the first-level cache
+DIRECT = 18  # tokens up to which reading the codes again for every 6 tokens is faster than converting tiles
 SPLIT = 32  # lanes of a piece, when panels do not divide evenly among threads
 
 
@@ -29,7 +28,7 @@ def _prepare(row, t):  # type: ignore
     prescale = 1 if form == INT4 else 2
     for g in range(G):
         source, target = row[2] + (t * K + g * group) * 4, row[16] + (g * T + t) * group * 4
-        if g == G - 1 and K < group * G:
+        if g == G - 1 and group * G > K:
             last = K - g * group
             copy(source, target, last)
             fill(target + last * 4, group - last, 0.0)
@@ -66,8 +65,24 @@ def _quantised(row, panel, lane, lanes, t0, T, acc, tile):  # type: ignore
     x, xsum = row[16] + t0 * group * 4, row[15] + t0 * 4
     w, scale = row[5] + panel * G * group_bytes, row[9] + panel * G * scale_bytes
     offset = offsets + panel * G * scale_bytes if offsets != 0 else 0
-    if T <= MAX_TOKENS:
-        arguments = (T, lane, lanes, w, group_bytes, x, x_group, group, G, acc, scale, offset, half, xsum, xsum_group)
+    if T <= DIRECT:
+        arguments = (
+            T,
+            lane,
+            lanes,
+            w,
+            group_bytes,
+            x,
+            x_group,
+            group,
+            G,
+            acc,
+            scale,
+            offset,
+            half,
+            xsum,
+            xsum_group,
+        )
         call_leaf(row[20], arguments)
         return
     for _ in range(G):
@@ -156,7 +171,7 @@ def _gather(form, out, panel, lane, K, group, G, half, codes, scales, offsets): 
         else:
             value = _bfloat(codes + ((panel * K + k) * 64 + lane) * 2)
         out[k] = value
-    if form == INT4 or form == INT8:
+    if form in (INT4, INT8):
         for k in range(K):
             at = (panel * G + k // group) * 64 + lane
             out[k] *= load_half(scales + at * 2) if half != 0 else f32_at(scales + at * 4, 1)[0]
@@ -176,5 +191,17 @@ def embedding(address, worker):  # type: ignore
         if n < 0 or n >= N:
             fill(row[12] + t * K * 4, K, 0.0)
         else:
-            _gather(form, f32_at(row[12] + t * K * 4, K), n // 64, n % 64, K, group, G, half, row[5], row[9], row[10])
+            _gather(
+                form,
+                f32_at(row[12] + t * K * 4, K),
+                n // 64,
+                n % 64,
+                K,
+                group,
+                G,
+                half,
+                row[5],
+                row[9],
+                row[10],
+            )
     return 0

@@ -23,7 +23,8 @@ def _pointer(kind: Any) -> Any:
 
 
 _f32, _f64, _i32, _i64, _u64, _u32, _u8 = (
-    _pointer(k) for k in (types.float32, types.float64, types.int32, types.int64, types.uint64, types.uint32, types.uint8)
+    _pointer(k)
+    for k in (types.float32, types.float64, types.int32, types.int64, types.uint64, types.uint32, types.uint8)
 )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -39,7 +38,9 @@ def _weights(b: Any, form: int, address: Any, r: int, j: int) -> Any:
     return b.sitofp(b.and_(word, const(VI32, 15 << (4 * j))), VF32)
 
 
-def _inner(b: Any, form: int, T: int, R: int, w: Any, w_stride: Any, x: Any, x_stride: Any, k: Any, acc: list[Any]) -> list[Any]:
+def _inner(
+    b: Any, form: int, T: int, R: int, w: Any, w_stride: Any, x: Any, x_stride: Any, k: Any, acc: list[Any]
+) -> list[Any]:
     """The loop over k; acc[t * R + r]. w_stride: bytes per row of codes."""
     steps = STEPS[form]
     rounds = b.udiv(k, i64(steps)) if steps > 1 else k
@@ -75,14 +76,18 @@ def _scale_vector(b: Any, address: Any, is_half: Any, r: int) -> Any:
 
 
 def _places(b: Any, T: int, R: int, out: Any, out_stride: Any) -> list[Any]:
-    return [b.add(b.add(out, b.mul(out_stride, i64(t))), i64(r * LANES * 4)) for t in range(T) for r in range(R)]
+    return [
+        b.add(b.add(out, b.mul(out_stride, i64(t))), i64(r * LANES * 4)) for t in range(T) for r in range(R)
+    ]
 
 
 def _affine_body(b: Any, form: int, T: int, R: int, lane: Any, args: dict[str, Any]) -> None:
     """One group for R * 16 outputs from `lane`."""
     w = b.add(args["w"], b.mul(lane, i64(WIDTH[form])))
     zeros = [const(VF32, 0.0)] * (T * R)
-    acc = _inner(b, form, T, R, w, i64(PANEL * WIDTH[form]), args["x"], b.shl(args["k"], i64(2)), args["k"], zeros)
+    acc = _inner(
+        b, form, T, R, w, i64(PANEL * WIDTH[form]), args["x"], b.shl(args["k"], i64(2)), args["k"], zeros
+    )
     places = _places(b, T, R, b.add(args["out"], b.shl(lane, i64(2))), i64(PANEL * 4))
     is_half = b.icmp_signed("!=", args["half"], i64(0))
     scale_at = b.mul(lane, b.select(is_half, i64(2), i64(4)))
@@ -136,11 +141,26 @@ def _switch(b: Any, tokens: Any, lane: Any, lanes: Any, body: Callable[[int, int
 
 
 @intrinsic(prefer_literal=True)
-def affine(ctx, form, T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
+def affine(  # type: ignore
+    ctx, form, T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group
+):
     """G groups of k inputs for T <= 6 tokens; out [T, 64]. x [G, T, k] and xsum [G, T] lie together by groups, so that a
     group's x takes few cache lines: *_group are bytes from one group to the next. scales, offsets [G, 64], float16 where
     half, offsets 0 for none."""
-    names = ("w", "w_group", "x", "x_group", "k", "G", "out", "scales", "offsets", "half", "xsum", "xsum_group")
+    names = (
+        "w",
+        "w_group",
+        "x",
+        "x_group",
+        "k",
+        "G",
+        "out",
+        "scales",
+        "offsets",
+        "half",
+        "xsum",
+        "xsum_group",
+    )
     kind = form.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, values: Any) -> Any:

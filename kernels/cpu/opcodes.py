@@ -10,7 +10,9 @@ from numba import njit, types
 from flm.kernels.cpu.memory import fetch_add
 
 ROW_WIDTH, WORKERS, COUNTER = 26, 24, 25
-OP = types.int64(types.int64, types.int64)  # an op takes its row's address and its worker's number; 0 for success
+OP = types.int64(
+    types.int64, types.int64
+)  # an op takes its row's address and its worker's number; 0 for success
 
 
 @njit
@@ -20,7 +22,7 @@ def next_task(row: Any) -> int:
 
 
 @njit
-def share(row: Any, count: int, worker: int) -> tuple[int, int]:
+def share(row: Any, count: int, worker: int) -> Any:
     """This worker's part of 0 .. count."""
     workers = row[WORKERS]
     return np.int64(worker * count // workers), np.int64((worker + 1) * count // workers)

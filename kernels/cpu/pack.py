@@ -42,6 +42,26 @@ class CpuMatrix:
     def panels(self) -> int:
         return -(-self.shape[0] // PANEL)
 
+    def row(self, x: int, count: int) -> list[int]:
+        """Fields 1 to 11 of the program rows that read a weight: x is the address of `count` inputs."""
+        (n, k), group = self.shape, self.group
+        half = int(self.scales is not None and self.scales.dtype == np.float16)
+        groups = -(-k // group) if group else 0
+        scales, offsets = (0 if a is None else a.ctypes.data for a in (self.scales, self.offsets))
+        return [
+            FORMS[self.form],
+            x,
+            count,
+            k,
+            self.codes.ctypes.data,
+            n,
+            group,
+            groups,
+            scales,
+            offsets,
+            half,
+        ]
+
     def dequantize(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32."""
         first, last = start // PANEL, -(-stop // PANEL)
@@ -91,4 +111,6 @@ def pack(matrix: QuantizedMatrix) -> CpuMatrix:
         codes = np.ascontiguousarray(codes).view("<u4")  # four bytes of two nibbles: nibble j is input j
     assert matrix.scales is not None
     offsets = None if matrix.offsets is None else _panels(matrix.offsets.astype(matrix.scales.dtype))
-    return CpuMatrix(matrix.format, matrix.shape, _panels(codes), matrix.group, _panels(matrix.scales), offsets)
+    return CpuMatrix(
+        matrix.format, matrix.shape, _panels(codes), matrix.group, _panels(matrix.scales), offsets
+    )

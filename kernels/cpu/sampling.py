@@ -11,11 +11,12 @@ from math import log
 import numpy as np
 from numba import cfunc, njit
 
-from flm.kernels.cpu.memory import bits_of_float, f32_at, f64_at, i32_at, i64_at, u8_at, u64_at
+from flm.kernels.cpu.memory import bits_of_float, f32_at, f64_at, float_of_bits, i32_at, i64_at, u8_at, u64_at
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, next_task
 from flm.kernels.cpu.vector import exp_sum, maximum
 
 BINS = 2048
+SPAN = 64  # logits of one block whose maximum tells whether to look inside
 BLOCK = 256  # probabilities summed together before the exact place of a draw is looked for
 LOW = np.uint64(0xFFFFFFFF)
 
@@ -162,31 +163,77 @@ def _first_of(logits, V, value):  # type: ignore
 
 
 @njit
-def _choose(row, s, at, w_at, ids, counts, mass):  # type: ignore
+def _span_maxima(address, V, maxima):  # type: ignore
+    """The largest of every 64 values; returns how many there are."""
+    spans = (V + SPAN - 1) // SPAN
+    for b in range(spans):
+        maxima[b] = maximum(address + b * SPAN * 4, min(SPAN, V - b * SPAN))
+    return spans
+
+
+@njit
+def _floor_of_largest(maxima, spans, k, counts):  # type: ignore
+    """A bound below which none of the k largest probabilities lies: k spans have a maximum above it (0 if too few)."""
+    for i in range(BINS):
+        counts[i] = 0
+    for b in range(spans):
+        counts[bits_of_float(maxima[b]) >> 20] += 1
+    seen = 0
+    for digit in range(BINS - 1, -1, -1):
+        seen += counts[digit]
+        if seen >= k:
+            return np.float32(0.999) * float_of_bits(np.int64(digit) << 20)
+    return np.float32(0.0)
+
+
+@njit
+def _gather(weights, V, maxima, spans, floor, min_p, ids):  # type: ignore
+    """Ids with at least this probability, ascending; returns how many."""
+    n = 0
+    for b in range(spans):
+        if maxima[b] >= floor:
+            for i in range(b * SPAN, min((b + 1) * SPAN, V)):
+                if weights[i] >= floor and weights[i] >= min_p:
+                    ids[n] = i
+                    n += 1
+    return n
+
+
+@njit
+def _choose(row, s, at, w_at, ids, counts, mass, maxima):  # type: ignore
     """The id of row s from penalised logits at an address."""
     S, V, logits = row[2], row[3], f32_at(at, row[3])
-    temperature, top_k, top_p, min_p = f32_at(row[4], S)[s], i32_at(row[5], S)[s], f32_at(row[6], S)[s], f32_at(row[7], S)[s]
+    temperature, top_k, top_p, min_p = (
+        f32_at(row[4], S)[s],
+        i32_at(row[5], S)[s],
+        f32_at(row[6], S)[s],
+        f32_at(row[7], S)[s],
+    )
     top = maximum(at, V)
     if temperature <= 0:
         return _first_of(logits, V, top)
     weights = f32_at(w_at, V)
     factor = np.float32(1.0) / temperature
-    exp_sum(at, w_at, V, factor, -top * factor)
+    total = exp_sum(at, w_at, V, factor, -top * factor)
     u = uniform(u64_at(row[11], S)[s], u64_at(row[12], S)[s])
     if top_p >= 1.0 and min_p <= 0.0 and (top_k <= 0 or top_k >= V):
         return np.int32(_draw_all(weights, V, u, mass))
-    n = 0
-    for i in range(V):
-        ids[n] = i
-        n += 1 if weights[i] >= min_p else 0
+    spans = _span_maxima(w_at, V, maxima)
+    floor = min_p
+    if top_k > 0:
+        floor = max(floor, _floor_of_largest(maxima, spans, top_k, counts))
+    elif floor <= 0.0:  # what lies below this weighs less than 1 - top_p in all
+        floor = np.float32(0.999) * (np.float32(1.0) - top_p) * total / np.float32(V)
+    n = _gather(weights, V, maxima, spans, floor, min_p, ids)
     if n == 0:  # min_p above 1, or rounding at 1
         return _first_of(logits, V, top)
     for by_mass in range(2):  # top_k, then top_p
         wanted = float(top_k)
         if by_mass == 1:
-            wanted = 0.0
-            for i in range(n):
-                wanted += weights[ids[i]]
+            wanted = np.float64(total) if top_k <= 0 and min_p <= 0.0 else 0.0
+            if wanted == 0.0:
+                for i in range(n):
+                    wanted += weights[ids[i]]
             wanted *= top_p
         if (by_mass == 0 and top_k > 0 and top_k < n) or (by_mass == 1 and top_p < 1.0):
             n = _narrow(logits, weights, ids, n, by_mass == 1, wanted, counts, mass)
@@ -218,13 +265,14 @@ def _sample_row(row, s, work):  # type: ignore
     ids = i32_at(l_at + V * 4, V)
     bins = (l_at + V * 8 + 63) // 64 * 64
     counts, mass = i64_at(bins, BINS), f64_at(bins + BINS * 8, BINS)
+    maxima = f32_at(bins + BINS * 16, (V + SPAN - 1) // SPAN)
     logits, adjusted = f32_at(at, V), f32_at(l_at, V)
     top = maximum(at, V)
     lse = np.float64(top) + log(np.float64(exp_sum(at, w_at, V, np.float32(1.0), -top)))
     if N > 0:
         _largest(logits, V, N, i32_at(row[18] + s * N * 4, N), f32_at(row[19] + s * N * 4, N), lse)
     source = l_at if _penalise(row, s, logits, adjusted) else at
-    chosen = _choose(row, s, source, w_at, ids, counts, mass)
+    chosen = _choose(row, s, source, w_at, ids, counts, mass, maxima)
     i32_at(row[17], S)[s] = chosen
     f32_at(row[21], S)[s] = np.float32(logits[chosen] - lse)
 

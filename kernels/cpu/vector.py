@@ -18,7 +18,9 @@ EXP_COEFFICIENTS = (
 )  # fmt: skip
 LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950216293335, 0.693359375, -0.00021219444170128554
 EXP_MIN, EXP_MAX = -87.3, 88.0
-PRESCALE = [2.0 ** (-4 * j) if j < 7 else 1.0 for j in range(8)] * 2  # see microkernels: int4 nibbles stay in place
+PRESCALE = [
+    2.0 ** (-4 * j) if j < 7 else 1.0 for j in range(8)
+] * 2  # see microkernels: int4 nibbles stay in place
 Body = Callable[[Callable[[Any], Any], Callable[[Any, Any], None], list[Any]], list[Any]]
 
 
@@ -162,7 +164,9 @@ def group_sum(ctx, x, out, count, prescale):  # type: ignore
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x, out, count, prescale = args
-        factors = b.select(b.icmp_signed("==", prescale, i64(1)), ir.Constant(VF32, PRESCALE), const(VF32, 1.0))
+        factors = b.select(
+            b.icmp_signed("==", prescale, i64(1)), ir.Constant(VF32, PRESCALE), const(VF32, 1.0)
+        )
         loop = Loop(b, b.lshr(count, i64(4)), [const(VF32, 0.0)])
         offset = b.shl(loop.index, i64(6))
         v = load(b, b.add(x, offset), VF32, 4)

@@ -39,7 +39,9 @@ class Batch:
                 spare = np.empty((length, self.heads, self.dim), np.float32)
                 backend.rope_kv_write(qkv, np.zeros(length, np.int32), slots, *flat, cache, spare)
         self.index = np.repeat(np.arange(len(new)), new).astype(np.int32)
-        self.positions = np.concatenate([np.arange(n - m, n) for n, m in zip(lengths, new, strict=True)]).astype(np.int32)
+        self.positions = np.concatenate(
+            [np.arange(n - m, n) for n, m in zip(lengths, new, strict=True)]
+        ).astype(np.int32)
         self.q = rng.standard_normal((len(self.index), self.heads, self.dim)).astype(np.float32)
 
     def run(self, backend, which=0, rows=slice(None)):

@@ -38,7 +38,10 @@ def on_threads(backends, body, slot_bytes=256, timeout=10.0):
 def ranks(cpu1, exact):
     from flm.kernels.cpu.backend import CpuBackend
 
-    return {"compiled": [CpuBackend(1) for _ in range(4)], "mixed": [CpuBackend(1), exact.__class__(), CpuBackend(1)]}
+    return {
+        "compiled": [CpuBackend(1) for _ in range(4)],
+        "mixed": [CpuBackend(1), exact.__class__(), CpuBackend(1)],
+    }
 
 
 def all_ops(backend, group):
@@ -64,7 +67,10 @@ def test_threads(ranks, which):
     results = on_threads(ranks[which], all_ops)
     size = len(results)
     for i, count in enumerate((1, 63, 64, 65, 1000)):
-        parts = [np.random.default_rng(count * 100 + r).standard_normal(count).astype(np.float32) for r in range(size)]
+        parts = [
+            np.random.default_rng(count * 100 + r).standard_normal(count).astype(np.float32)
+            for r in range(size)
+        ]
         want = parts[0].copy()
         for part in parts[1:]:
             want += part
@@ -94,7 +100,7 @@ def test_timeout_names_the_missing(ranks, which):
     def body(backend, group):
         backend.barrier(group)
         if group.rank == 1:
-            return None
+            return
         backend.all_reduce(group, np.ones(8, np.float32))
 
     start = time.monotonic()
@@ -112,7 +118,7 @@ def test_abort(ranks, which):
         if group.rank == 0:
             time.sleep(0.1)
             group.abort()
-            return None
+            return
         backend.barrier(group)
 
     start = time.monotonic()
@@ -148,7 +154,9 @@ def test_processes_more_than_cores():
         memory.buf[:] = bytes(len(memory.buf))
         context = mp.get_context("spawn")
         results = context.Queue()
-        processes = [context.Process(target=process_rank, args=(memory.name, r, size, results)) for r in range(size)]
+        processes = [
+            context.Process(target=process_rank, args=(memory.name, r, size, results)) for r in range(size)
+        ]
         for process in processes:
             process.start()
         seen = sorted(results.get(timeout=60) for _ in range(size))

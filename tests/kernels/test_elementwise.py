@@ -46,7 +46,9 @@ def test_silu_mul(cpu, exact, rng, width):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("heads,kv,dim,half", [(9, 3, 64, 32), (1, 1, 16, 8), (5, 2, 24, 6), (4, 4, 80, 40)])
+@pytest.mark.parametrize(
+    ("heads", "kv", "dim", "half"), [(9, 3, 64, 32), (1, 1, 16, 8), (5, 2, 24, 6), (4, 4, 80, 40)]
+)
 def test_rope_kv_write(cpu, exact, rng, dtype, heads, kv, dim, half):
     angles = rng.standard_normal((50, half))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

@@ -31,13 +31,24 @@ def step(backend, packed, arrays, cache):
 def make(backend, rng, tokens=5, hidden=64, heads=4, kv=2, dim=16, inner=96, vocab=100):
     sizes = {"embed": (vocab, hidden), "qkv": ((heads + 2 * kv) * dim, hidden), "o": (hidden, heads * dim)}
     sizes |= {"up": (2 * inner, hidden), "down": (hidden, inner)}
-    packed = {n: backend.pack(quantize(rng.standard_normal(s).astype(np.float32) / 8, "int4")) for n, s in sizes.items()}
+    packed = {
+        n: backend.pack(quantize(rng.standard_normal(s).astype(np.float32) / 8, "int4"))
+        for n, s in sizes.items()
+    }
     shapes = {"x": (tokens, hidden), "h": (tokens, hidden), "qkv": (tokens, (heads + 2 * kv) * dim)}
     shapes |= {"q": (tokens, heads, dim), "attended": (tokens, heads, dim), "delta": (tokens, hidden)}
-    shapes |= {"gate_up": (tokens, 2 * inner), "act": (tokens, inner), "last": (1, hidden), "logits": (1, vocab)}
+    shapes |= {
+        "gate_up": (tokens, 2 * inner),
+        "act": (tokens, inner),
+        "last": (1, hidden),
+        "logits": (1, vocab),
+    }
     arrays = {name: backend.empty(shape) for name, shape in shapes.items()}
     arrays |= {"norm": np.ones(hidden, np.float32), "ids": rng.integers(0, vocab, tokens).astype(np.int32)}
-    arrays |= {"positions": np.arange(tokens, dtype=np.int32), "slots": np.arange(tokens, dtype=np.int32) + 16}
+    arrays |= {
+        "positions": np.arange(tokens, dtype=np.int32),
+        "slots": np.arange(tokens, dtype=np.int32) + 16,
+    }
     arrays |= {"cos": rng.random((64, dim // 2), np.float32), "sin": rng.random((64, dim // 2), np.float32)}
     arrays |= {"tables": np.array([[1, 0]], np.int32), "index": np.zeros(tokens, np.int32)}
     arrays |= {"rows": np.array([tokens - 1], np.int32)}

@@ -42,7 +42,10 @@ def test_against_float64(cpu, exact, rng, form, shape):
     magnitude = np.abs(matrix.dequantize()).astype(np.float64)
     for tokens in TOKENS:
         x = rng.standard_normal((tokens, k)).astype(np.float32)
-        bias, base = rng.standard_normal(n).astype(np.float32), rng.standard_normal((tokens, n)).astype(np.float32)
+        bias, base = (
+            rng.standard_normal(n).astype(np.float32),
+            rng.standard_normal((tokens, n)).astype(np.float32),
+        )
         bound = 2.0**-24 * 4 * np.sqrt(k + 32) * (4 * np.abs(x).astype(np.float64) @ magnitude.T + 8)
         for got, want in [
             (run(cpu, x, matrix), run(exact, x, matrix)),

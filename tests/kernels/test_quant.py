@@ -11,7 +11,16 @@ from flm.kernels.quant import bfloat16_bits, concat_rows, from_float, from_gguf_
 
 gguf = pytest.importorskip("gguf")
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32"]
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+HALVES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
 
 
 def random_blocks(rng, name, n, k):
@@ -43,7 +52,10 @@ def test_huge_q4_0_scales_stay_exact(rng):
     raw, kind = random_blocks(rng, "Q4_0", 4, 64)
     raw.reshape(4, 2, 18)[:, :, :2] = np.array([60000.0], np.float16).view(np.uint8)
     matrix = from_gguf_blocks(raw, "Q4_0", (4, 64))
-    assert np.array_equal(matrix.dequantize(), gguf.quants.dequantize(raw, kind)) and matrix.scales.dtype == np.float32
+    assert (
+        np.array_equal(matrix.dequantize(), gguf.quants.dequantize(raw, kind))
+        and matrix.scales.dtype == np.float32
+    )
 
 
 def test_gguf_errors(rng):
@@ -82,7 +94,7 @@ def test_fusing_different_formats():
     assert np.array_equal(concat_rows([quantize(values, "int8"), wide]).dequantize()[4:], wide.dequantize())
 
 
-@pytest.mark.parametrize("form,levels", [("int4", 15), ("int8", 127)])
+@pytest.mark.parametrize(("form", "levels"), [("int4", 15), ("int8", 127)])
 @pytest.mark.parametrize("k", [32, 100, 17])
 def test_online_rounding(rng, form, levels, k):
     values = rng.standard_normal((20, k)).astype(np.float32)

@@ -21,7 +21,7 @@ KNOWN = [  # the published answers of Random123 for philox4x32-10
 ]
 
 
-@pytest.mark.parametrize("counter,key,want", KNOWN)
+@pytest.mark.parametrize(("counter", "key", "want"), KNOWN)
 def test_philox_known_answers(counter, key, want):
     assert philox4x32(counter, key) == want
 
@@ -101,7 +101,10 @@ def test_ties_go_to_the_lowest_id(cpu, exact):
     assert ids.tolist() == [20, 0, 0]
     assert top.tolist() == [[20, 30, 0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
     for seed in range(40):
-        batch = replace(make(np.random.default_rng(0), 3, 50, temperature_S=1.0, top_k_S=4)[1], seed_S=np.full(3, seed, np.uint64))
+        batch = replace(
+            make(np.random.default_rng(0), 3, 50, temperature_S=1.0, top_k_S=4)[1],
+            seed_S=np.full(3, seed, np.uint64),
+        )
         ids, *_ = run(cpu, logits, batch)
         assert ids[0] in (20, 30, 0, 1) and ids[2] in (0, 1, 2, 3)
 
@@ -113,10 +116,16 @@ def test_rows_do_not_depend_on_each_other(cpu, cpu1, rng):
     for s in range(9):
         names = [n for n in vars(batch) if n.endswith("_S")]
         one = replace(SamplingBatch.greedy(1), **{n: getattr(batch, n)[s : s + 1].copy() for n in names})
-        assert all(np.array_equal(a, b[s : s + 1]) for a, b in zip(run(cpu, logits[s : s + 1].copy(), one, 5), whole, strict=True))
+        assert all(
+            np.array_equal(a, b[s : s + 1])
+            for a, b in zip(run(cpu, logits[s : s + 1].copy(), one, 5), whole, strict=True)
+        )
 
 
-@pytest.mark.parametrize("filters", [{"temperature_S": 1.0}, {"temperature_S": 0.6, "top_k_S": 8}, {"temperature_S": 1.0, "top_p_S": 0.7}])
+@pytest.mark.parametrize(
+    "filters",
+    [{"temperature_S": 1.0}, {"temperature_S": 0.6, "top_k_S": 8}, {"temperature_S": 1.0, "top_p_S": 0.7}],
+)
 def test_distribution(cpu, rng, filters):
     draws, vocab = 20_000, 24
     row = rng.standard_normal(vocab).astype(np.float32) * 1.5

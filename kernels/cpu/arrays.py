@@ -1,0 +1,79 @@
+"""Arrays of the CPU backend: the cache, and the checks that every op makes before it hands addresses to compiled code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.kernels.backend import SamplingBatch
+from flm.kernels.errors import DTypeError, ShapeError
+
+Array = NDArray[Any]
+F32, I32, U8 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.uint8)
+PARAMETERS = (
+    ("temperature_S", F32), ("top_k_S", I32), ("top_p_S", F32), ("min_p_S", F32), ("repetition_S", F32),
+    ("presence_S", F32), ("frequency_S", F32), ("seed_S", np.dtype(np.uint64)), ("position_S", np.dtype(np.int64)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class CpuCache:
+    """k [blocks, J, D, block size], v [blocks, J, block size, D rounded up to 16]; float32 or float16."""
+
+    k: Array
+    v: Array
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.k.shape[0])
+
+    @property
+    def block_size(self) -> int:
+        return int(self.k.shape[3])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.k.shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.k.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+def address(array: Array | None) -> int:
+    """Where the data lies; 0 for None."""
+    return 0 if array is None else int(array.__array_interface__["data"][0])
+
+
+def float_bits(value: float) -> int:
+    """The bits of a float32."""
+    return int(np.float32(value).view(np.int32))
+
+
+def check(name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype[Any] = F32) -> int:
+    """The address of an array with this shape and dtype, contiguous."""
+    if array.dtype != dtype:
+        raise DTypeError(f"{name}: {dtype} expected, got {array.dtype}")
+    if array.shape != shape or not array.flags.c_contiguous:
+        layout = "" if array.flags.c_contiguous else ", not C-contiguous"
+        raise ShapeError(f"{name}: {shape} expected, got {array.shape}{layout}")
+    return address(array)
+
+
+def columns(name: str, array: Array, dims: int = 2) -> tuple[int, ...]:
+    """The shape of an array that must have `dims` dimensions."""
+    if array.ndim != dims:
+        raise ShapeError(f"{name}: {dims} dimensions expected, got shape {array.shape}")
+    return tuple(array.shape)
+
+
+def check_parameter(batch: SamplingBatch, name: str, dtype: np.dtype[Any], rows: int) -> int:
+    """The address of one of the batch's arrays."""
+    return check(name, getattr(batch, name), (rows,), dtype)

@@ -9,6 +9,7 @@ group that is not whole are ended, so nothing is left over and nothing is starte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import time
@@ -73,10 +74,9 @@ class Controller:
         while True:
             await self.step()
             starting = any(g.phase is Phase.STARTING for g in self.groups.values())
-            try:
-                await asyncio.wait_for(self._woken.wait(), LOOK_STARTING if starting else LOOK)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_STARTING if starting else LOOK):
+                    await self._woken.wait()
             self._woken.clear()
 
     async def adopt(self) -> None:

@@ -99,12 +99,14 @@ class RankProcess:
         from flm.cluster.replica_service import ReplicaServer  # followers need no gRPC
 
         server = ReplicaServer(replica, self.spec.replica_id, f"{self._host}:0")
-        self._address = await server.start()
-        self._phase = "ready"
-        while replica.state not in ("failed", "stopped"):
-            await asyncio.sleep(LOOK)
-        failure = replica.failure if replica.state == "failed" else ""
-        await server.stop()
+        try:
+            self._address = await server.start()
+            self._phase = "ready"
+            while replica.state not in ("failed", "stopped"):
+                await asyncio.sleep(LOOK)
+            failure = replica.failure if replica.state == "failed" else ""
+        finally:
+            await server.stop()
         if failure:
             raise FlmError(failure)
 

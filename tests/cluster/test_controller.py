@@ -1,0 +1,215 @@
+"""The controller over fake ranks that serve real heartbeats: it starts, notices, rebuilds, drains, adopts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from fake_host import FakeGatewayLink, FakeHost
+
+from flm.cluster.controller import Controller
+from flm.cluster.reconcile import Phase
+from flm.cluster.state import Desired, ModelFacts, load_desired
+from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
+
+GIB = 1 << 30
+TEXT = """\
+name: test
+models:
+  - name: m
+    path: package:nothing
+    tensor_parallel: 2
+    replicas: {min: 1, max: 6}
+    drain_timeout: 1.0
+"""
+
+
+class Bench:
+    """A controller that can be killed and started again, over the same ranks and gateway."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.host, self.gateway = folder, FakeHost(), FakeGatewayLink()
+        self.desired = Desired(TEXT, "c.yaml", {"m": 2}, {"m": ModelFacts(GIB, 512)})
+
+    def start(self) -> Controller:
+        self.controller = Controller(self.folder, self.desired, self.host, self.gateway, self.folder / "run")
+        self.task = asyncio.create_task(self.controller.run())
+        return self.controller
+
+    async def kill(self) -> None:
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        for group in self.controller.groups.values():
+            await group.unwatch()
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> float:
+        began = time.monotonic()
+        while not condition():
+            assert not self.task.done(), self.task.exception()
+            assert time.monotonic() - began < seconds, (self.phases(), self.gateway.routes)
+            await asyncio.sleep(0.01)
+        return time.monotonic() - began
+
+    def phases(self) -> dict[str, str]:
+        return {replica_id: group.phase.value for replica_id, group in self.controller.groups.items()}
+
+    def routed(self, *ready: str) -> bool:
+        return self.gateway.routes.get("m") == dict.fromkeys(ready, "ready")
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.controller.events._events]
+
+
+@pytest_asyncio.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path)
+    made.start()
+    yield made
+    await made.kill()
+    for link in made.host.living():
+        link.die()
+
+
+async def test_replicas_come_up_and_the_gateway_learns_of_them(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    assert len(bench.host.living()) == 4
+    assert {link.spec.threads for link in bench.host.living()} == {1}  # four ranks on four cores
+    assert len({link.spec.run_dir for link in bench.host.living()}) == 2
+    assert bench.kinds().count("replica_ready") == 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_ranks_death_rebuilds_its_group_and_no_other(bench: Bench, rank: int) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    before = bench.host.living()
+    victim = next(k for k in before if k.spec.replica_id == "m-0" and k.rank == rank)
+    victim.die()
+    noticed = await bench.until(lambda: bench.routed("m-1"))
+    assert noticed < 2.0
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    group = bench.controller.groups["m-0"]
+    assert (group.restarts, group.message) == (1, f"rank {rank}: died")
+    assert not [k for k in before if k.spec.replica_id == "m-0" and k.alive]
+    assert [k for k in before if k.alive] == [k for k in before if k.spec.replica_id == "m-1"]
+
+
+async def test_a_leader_that_gives_up_says_whom_it_blames(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    bench.host.leader("m-1").served.replica.fail("rank 1 hung: missing in a collective for 10 s")
+    await bench.until(lambda: "replica_failed" in bench.kinds())
+    assert bench.controller.groups["m-1"].message == "rank 1 hung: missing in a collective for 10 s"
+
+
+async def test_a_checkpoint_that_does_not_load_is_retried_slowly_and_shown(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.host.broken = True
+    bench.start()
+    await bench.until(lambda: any(g.message for g in bench.controller.groups.values()))
+    await asyncio.sleep(0.7)
+    assert bench.controller.groups["m-0"].message.endswith("weights.gguf: truncated")
+    assert len(bench.host.links) <= 8, "two starts of two groups: at once, then after a second"
+    assert bench.gateway.routes["m"] == {}
+    await bench.kill()
+
+
+async def test_scaling_up_and_down_leaves_nothing_behind(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    assert await bench.controller.scale("m", 3) == 2
+    await bench.until(lambda: bench.routed("m-0", "m-1", "m-2"))
+    assert await bench.controller.scale("m", 1) == 3
+    await bench.until(lambda: len(bench.controller.groups) == 1 and len(bench.host.living()) == 2)
+    assert bench.kinds().count("replica_draining") == 2
+    saved = load_desired(bench.folder)
+    assert saved is not None
+    assert saved.replicas == {"m": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "replicas", "error", "said"),
+    [
+        ("x", 1, ModelNotFound, "served models: m"),
+        ("m", 0, InvalidRequest, "expected 1 to 6, got 0"),
+        ("m", 7, InvalidRequest, "expected 1 to 6, got 7"),
+        ("m", -1, InvalidRequest, "expected 1 to 6, got -1"),
+    ],
+)
+async def test_bad_scales_change_nothing(
+    bench: Bench, model: str, replicas: int, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        await bench.controller.scale(model, replicas)
+    assert bench.controller.desired == bench.desired
+
+
+async def test_a_scale_that_does_not_fit_changes_nothing(bench: Bench) -> None:
+    bench.host.memory = 5 * GIB
+    with pytest.raises(DoesNotFit, match="needs 2 GiB of memory, 1 GiB are free"):
+        await bench.controller.scale("m", 3)
+    assert bench.controller.desired == bench.desired
+
+
+async def test_a_new_controller_adopts_what_runs(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    await bench.controller.scale("m", 1)
+    await bench.kill()  # in the middle of it
+    before = bench.host.living()
+    bench.start()
+    await bench.until(lambda: len(bench.controller.groups) == 1 and len(bench.host.living()) == 2)
+    assert set(bench.host.living()) < set(before)
+    await bench.until(lambda: len(bench.gateway.routes["m"]) == 1)
+    assert await bench.controller.scale("m", 2) == 1
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+
+
+async def test_a_group_that_lost_a_rank_without_a_controller_is_started_anew(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    await bench.kill()
+    before = bench.host.living()
+    next(k for k in before if k.spec.replica_id == "m-0" and k.rank == 1).die()
+    bench.gateway.routes.clear()
+    bench.start()
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    assert len(bench.host.living()) == 4
+    assert {k.spec.replica_id for k in before if k.alive} == {"m-1"}
+
+
+async def test_a_restarted_gateway_gets_its_routes_again_and_no_more_pushes_than_that(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    pushes = bench.gateway.pushes
+    await asyncio.sleep(1.2)
+    assert bench.gateway.pushes == pushes
+    bench.gateway.restart()
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    assert bench.gateway.pushes == pushes + 1
+
+
+async def test_drain_takes_that_replica_and_wants_one_less(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    await bench.controller.drain("m-0")
+    assert bench.controller.groups["m-0"].phase is Phase.DRAINING
+    await bench.until(lambda: bench.routed("m-1"))
+    assert bench.controller.desired.replicas == {"m": 1}
+    with pytest.raises(InvalidRequest, match="fewer than its minimum of 1"):
+        await bench.controller.drain("m-1")
+    with pytest.raises(NotFound, match="replica 'm-9' does not exist; replicas: m-"):
+        await bench.controller.drain("m-9")
+
+
+async def test_restart_replaces_a_replica_beside_it(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    await bench.controller.restart("m-0")
+    await bench.until(lambda: bench.routed("m-1", "m-2"))
+    assert bench.controller.desired.replicas == {"m": 2}
+
+
+async def test_shutdown_leaves_no_rank_and_stops_the_gateway(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    await asyncio.wait_for(bench.controller.shutdown(), 5.0)
+    assert bench.host.living() == []
+    assert bench.gateway.stopped

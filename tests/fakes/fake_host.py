@@ -1,0 +1,136 @@
+"""Nodes without processes: every rank lives in the test's event loop, as RankProcess over a replica of fake_cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fake_cluster import FakeReplica
+
+from flm.cluster.placement import Node
+from flm.cluster.rank_process import RankProcess
+from flm.cluster.ranks import Adopted, RankLink, RankReport
+from flm.cluster.router import ReplicaRoute
+from flm.worker.errors import CheckpointError
+from flm.worker.rank import GroupSpec
+
+
+class FakeRank:
+    """What RankProcess carries. Rank 0 has a replica; the others wait."""
+
+    def __init__(self, rank: int, broken: bool) -> None:
+        self._rank, self._broken = rank, broken
+        self._over = threading.Event()
+        self.replica = FakeReplica()
+
+    def load(self, on_progress: Callable[[float], None]) -> None:
+        on_progress(0.5)
+        if self._broken:
+            raise CheckpointError("weights.gguf", "truncated")
+
+    def connect(self, timeout: float) -> None:
+        assert timeout > 0
+
+    def serve(self) -> None:
+        self._over.wait()
+
+    def close(self) -> None:
+        self._over.set()
+        if self._rank == 0:
+            self.replica.stop()
+
+
+class FakeLink:
+    """A RankLink to a rank in this loop. `die` is what SIGKILL does; `silent` what SIGSTOP does."""
+
+    def __init__(self, spec: GroupSpec, rank: int, broken: bool) -> None:
+        self.spec, self.rank = spec, rank
+        self.served = FakeRank(rank, broken)
+        self.process = RankProcess(spec, rank, "127.0.0.1", self.served)
+        self.silent = False
+        self._life = asyncio.ensure_future(self.process.ended())
+        self._dead = asyncio.get_running_loop().create_future()
+
+    @property
+    def alive(self) -> bool:
+        return not self._dead.done()
+
+    def die(self) -> None:
+        if self.alive:
+            self._dead.set_result(None)
+            self.served.close()
+            self._life.cancel()
+
+    async def ended(self) -> str:
+        life = asyncio.shield(self._life)
+        await asyncio.wait({life, self._dead}, return_when=asyncio.FIRST_COMPLETED)
+        return life.result() if life.done() and not life.cancelled() else "died"
+
+    async def report(self) -> RankReport:
+        if self.silent or not self.alive:
+            await asyncio.Event().wait()
+        return await self.process.report()
+
+    async def drain(self) -> None:
+        self.served.replica.state = "draining"
+
+    async def stop(self) -> None:
+        await self.process.stop()
+
+    async def kill(self, report: RankReport) -> None:
+        self.die()
+
+
+@dataclass
+class FakeHost:
+    """A RankHost of one node with four cores."""
+
+    memory: int = 1 << 34
+    broken: bool = False  # checkpoints do not load
+    links: list[FakeLink] = field(default_factory=list)
+
+    async def nodes(self) -> list[Node]:
+        return [Node("n0", "here", 4, self.memory)]
+
+    def launch(self, spec: GroupSpec, rank: int, node: Node) -> FakeLink:
+        self.links.append(FakeLink(spec, rank, self.broken))
+        return self.links[-1]
+
+    async def adopt(self) -> list[Adopted]:
+        found: dict[str, Adopted] = {}
+        for link in self.living():
+            links: dict[int, RankLink] = found.setdefault(link.spec.run_dir, Adopted(link.spec, "n0")).links
+            links[link.rank] = link
+        return list(found.values())
+
+    def living(self) -> list[FakeLink]:
+        return [link for link in self.links if link.alive]
+
+    def leader(self, replica_id: str) -> FakeLink:
+        return next(k for k in self.living() if k.spec.replica_id == replica_id and k.rank == 0)
+
+
+@dataclass
+class FakeGatewayLink:
+    """Remembers the routes it was given."""
+
+    lives: int = 0
+    pushes: int = 0
+    stopped: bool = False
+    routes: dict[str, dict[str, str]] = field(default_factory=dict)  # model → replica id → state
+
+    def restart(self) -> None:
+        self.lives += 1
+        self.routes = {}
+
+    async def incarnation(self) -> str:
+        return str(self.lives)
+
+    async def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int) -> None:
+        self.pushes += 1
+        self.routes[model] = {route.replica_id: route.state for route in routes}
+
+    async def stop(self, grace: float) -> None:
+        self.stopped = True

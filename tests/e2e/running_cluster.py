@@ -1,0 +1,95 @@
+"""A cluster that runs in this machine's own processes, seen as its users and operators see it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from flm.cluster.admin_client import AdminClient
+from flm.cluster.client import Client
+from flm.proto import flm_pb2
+
+MODEL = "smollm2"
+
+
+def flm_cluster(*arguments: str, state: Path, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """Run one command as a user would."""
+    return subprocess.run(
+        [sys.executable, "-c", "from flm.cluster.cli import main; main()", *arguments],
+        env={**os.environ, "XDG_STATE_HOME": str(state), "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    state: Path
+    gateway: str
+    admin: str
+
+    def run(self, *arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return flm_cluster(*arguments, state=self.state, timeout=timeout)
+
+    def client(self) -> Client:
+        return Client(self.gateway)
+
+    def admin_client(self) -> AdminClient:
+        return AdminClient(self.admin)
+
+    def replicas(self) -> list[flm_pb2.ReplicaStatus]:
+        with self.admin_client() as admin:
+            return list(admin.status().models[0].replicas)
+
+    def wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s; replicas: {self.replicas()}"
+            time.sleep(0.2)
+
+    def wait_until_whole(self, replicas: int = 2, seconds: float = 90.0) -> None:
+        """All replicas ready, none of them busy, every KV block free or cached."""
+
+        def whole() -> bool:
+            found = self.replicas()
+            states = [r.state for r in found]
+            idle = all(r.load.running == r.load.waiting == 0 for r in found)
+            blocks = all(r.load.blocks_free + r.load.blocks_cached == r.load.blocks_total > 0 for r in found)
+            return states == [flm_pb2.REPLICA_STATE_READY] * replicas and idle and blocks
+
+        self.wait(whole, seconds)
+
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Processes of this cluster's Ray head whose command line contains `title`."""
+        (endpoint,) = self.state.glob("flm-cluster/*/endpoint.json")
+        session = json.loads(endpoint.read_text())["head_session"]
+        return [p for p in of_session(session) if title in " ".join(p.cmdline())]
+
+
+def of_session(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.Error):
+            continue  # ended while we looked
+    return found
+
+
+def free_address() -> str:
+    """A loopback host:port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"

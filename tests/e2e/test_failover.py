@@ -1,0 +1,143 @@
+"""Kill, hang and scale a real cluster under eight streams: every stream completes as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from running_cluster import MODEL, Cluster
+from streams import Outcome, Streams
+
+from flm.cluster.client import Sampling
+from flm.proto import flm_pb2
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+TOKENS = 96
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> list[Outcome]:
+    with cluster.client() as client:
+        outcomes = Streams(client, TOKENS).wait()
+    assert not any(outcome.restarts for outcome in outcomes)
+    assert len({tuple(outcome.token_ids) for outcome in outcomes}) == len(outcomes)
+    return outcomes
+
+
+def assert_same(got: list[Outcome], want: list[Outcome]) -> None:
+    assert [o.token_ids for o in got] == [o.token_ids for o in want]
+    assert [o.text for o in got] == [o.text for o in want]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_costs_no_stream_a_token(
+    cluster: Cluster, undisturbed: list[Outcome], rank: int
+) -> None:
+    cluster.wait_until_whole()
+    with cluster.client() as client:
+        streams = Streams(client, TOKENS)
+        cluster.wait(lambda: streams.running, 30)
+        victim = cluster.replicas()[rank]  # another replica each time
+        moved = victim.load.running
+        os.kill(victim.ranks[rank].pid, signal.SIGKILL)
+        outcomes = streams.wait()
+    assert_same(outcomes, undisturbed)
+    assert sorted({o.restarts for o in outcomes}) == [0, 1]
+    assert moved > 0
+    cluster.wait_until_whole()
+    rebuilt = next(r for r in cluster.replicas() if r.replica_id == victim.replica_id)
+    assert rebuilt.ranks[rank].pid != victim.ranks[rank].pid
+    assert rebuilt.restarts == victim.restarts + 1
+
+
+def test_a_hung_rank_is_named_and_its_streams_go_on(cluster: Cluster, undisturbed: list[Outcome]) -> None:
+    cluster.wait_until_whole()
+    with cluster.client() as client:
+        streams = Streams(client, TOKENS)
+        cluster.wait(lambda: streams.running, 30)
+        victim = cluster.replicas()[0]
+        os.kill(victim.ranks[1].pid, signal.SIGSTOP)
+        assert_same(streams.wait(), undisturbed)
+    cluster.wait_until_whole()
+    with cluster.admin_client() as admin:  # an endless stream: without such an event the test's time runs out
+        next(e for e in admin.events(replay=True) if e.replica_id == victim.replica_id and "rank 1" in e.message)
+
+
+def test_serving_goes_on_without_its_controller(cluster: Cluster, undisturbed: list[Outcome]) -> None:
+    cluster.wait_until_whole()
+    before = {rank.pid for replica in cluster.replicas() for rank in replica.ranks}
+    with cluster.client() as client:
+        streams = Streams(client, TOKENS)
+        cluster.wait(lambda: streams.running, 30)
+        (controller,) = cluster.processes("ControllerActor")
+        controller.kill()
+        outcomes = streams.wait()
+    assert_same(outcomes, undisturbed)
+    assert not any(outcome.restarts for outcome in outcomes)
+    began = time.monotonic()
+    assert cluster.run("scale", MODEL, "2").returncode == 0
+    assert time.monotonic() - began < 20
+    cluster.wait_until_whole()
+    assert {rank.pid for replica in cluster.replicas() for rank in replica.ranks} == before, (
+        "adopted, not restarted"
+    )
+
+
+def test_scaling_under_load_breaks_no_stream_and_leaves_no_rank(
+    cluster: Cluster, undisturbed: list[Outcome]
+) -> None:
+    cluster.wait_until_whole()
+    for target in (1, 2, 1):
+        with cluster.client() as client:
+            streams = Streams(client, TOKENS)
+            cluster.wait(lambda streams=streams: streams.running, 30)  # type: ignore[misc]
+            scaled = cluster.run("scale", MODEL, str(target))
+            assert scaled.returncode == 0, scaled.stderr
+            assert_same(streams.wait(), undisturbed)
+        cluster.wait_until_whole(target)
+    assert len(cluster.processes("RankActor")) == 2
+    assert cluster.run("scale", MODEL, "2").returncode == 0
+    cluster.wait_until_whole()
+
+
+def test_a_client_that_leaves_frees_what_it_used(cluster: Cluster) -> None:
+    cluster.wait_until_whole()
+    with (
+        cluster.client() as client,
+        client.generate("Count:", Sampling(max_tokens=900, ignore_eos=True)) as stream,
+    ):
+        next(stream)
+    cluster.wait_until_whole(seconds=5)
+
+
+def test_status_tells_scripts_what_people_see(cluster: Cluster) -> None:
+    cluster.wait_until_whole()
+    shown = json.loads(cluster.run("status", "--json").stdout)
+    (model,) = shown["models"]
+    assert (model["name"], model["ready_replicas"], model["wanted_replicas"]) == (MODEL, 2, 2)
+    assert all(len(replica["ranks"]) == 2 for replica in model["replicas"])
+    assert MODEL in cluster.run("status").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("scale", MODEL, "-1"), "-1"),
+        (("scale", "gpt-5", "1"), "gpt-5"),
+        (("drain", "smollm2-99"), "smollm2-99"),
+        (("generate", "--model", "gpt-5", "hi"), "gpt-5"),
+        (("generate", "--max-tokens", "-4", "hi"), "max_tokens"),
+        (("generate", "--temperature", "nan", "hi"), "temperature"),
+    ],
+)
+def test_wrong_commands_change_nothing(cluster: Cluster, arguments: tuple[str, ...], words: str) -> None:
+    before = [(r.replica_id, r.state) for r in cluster.replicas()]
+    refused = cluster.run(*arguments)
+    assert refused.returncode != 0
+    assert words in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert [(r.replica_id, r.state) for r in cluster.replicas()] == before
+    assert all(state == flm_pb2.REPLICA_STATE_READY for _, state in before)

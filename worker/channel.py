@@ -99,7 +99,7 @@ class ZmqLeaderChannel:
     """Leader's end of a group whose ranks are processes: one PAIR socket a follower."""
 
     def __init__(self, run_dir: Path, size: int) -> None:
-        context = zmq.Context.instance()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         for rank in range(1, size):
             socket = context.socket(zmq.PAIR)
@@ -124,7 +124,7 @@ class ZmqLeaderChannel:
         poller = zmq.Poller()
         for socket in self._sockets.values():
             poller.register(socket, zmq.POLLIN)
-        ready = dict(poller.poll(wait * 1000))
+        ready = dict(poller.poll(int(wait * 1000)))
         return {r: s.recv().decode() for r, s in self._sockets.items() if s in ready}
 
     def stop(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -168,15 +169,18 @@ class Rank:
 
 
 def open_backend(device: str, threads: int) -> Backend:
-    """The backend of a device name. "reference" is the slow NumPy specification of every op."""
+    """The backend of a device name. "reference" is the slow NumPy specification of every op.
+
+    Casts, because a backend takes back only weights and caches of its own making, which the protocol cannot say.
+    """
     if device == "cpu":
         from flm.kernels.cpu.backend import CpuBackend
 
-        return CpuBackend(threads=threads)
+        return cast(Backend, CpuBackend(threads=threads))
     if device == "reference":
         from flm.kernels.reference import ReferenceBackend
 
-        return ReferenceBackend()
+        return cast(Backend, ReferenceBackend())
     raise FlmError(f"device {device!r}: expected cpu")
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import grpc.aio
+
 from flm.cluster.gateway import Gateway, ReplicaRoute, ServedModel
 from flm.cluster.replica_service import ReplicaServer
 from flm.proto import flm_pb2, flm_pb2_grpc

@@ -70,6 +70,10 @@ def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tupl
         if config.ray.address == "local" and model.tensor_parallel > cpus:
             message = f"{model.tensor_parallel} ranks are larger than the machine; expected at most its {cpus} cores"
             yield ("models", index, "tensor_parallel"), message
+    if config.gateway.tls is not None:
+        for key, path in config.gateway.tls:
+            if not os.access(path, os.R_OK):
+                yield ("gateway", "tls", key), f"cannot read {path}; expected a PEM file"
     for section, listen in (("gateway", config.gateway.listen), ("admin", config.admin.listen)):
         reason = why_taken(listen)
         if reason:

@@ -1,0 +1,110 @@
+"""A rank's life: what it reports on the way, and why it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+from fake_host import FakeRank
+
+from flm.cluster.rank_process import RankProcess, sigkill
+from flm.worker.errors import RankFailed
+from flm.worker.rank import GroupSpec
+
+SPEC = GroupSpec("m-0", "m", "/nowhere", tensor_parallel=2)
+
+
+async def reach(process: RankProcess, phase: str) -> None:
+    async with asyncio.timeout(5):
+        while (await process.report()).phase != phase:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_leader_serves_until_it_is_stopped() -> None:
+    process = RankProcess(SPEC, 0, "127.0.0.1", FakeRank(0, broken=False))
+    assert (await process.report()).phase == "starting"
+    ends = [
+        asyncio.create_task(process.ended()) for _ in range(2)
+    ]  # the second asks as a new controller does
+    await reach(process, "ready")
+    report = await process.report()
+    assert report.address.startswith("127.0.0.1:")
+    assert (report.fraction, report.pid > 0, report.resident_bytes > 0) == (1.0, True, True)
+    await process.stop()
+    assert await asyncio.gather(*ends) == ["", ""]
+    assert (await process.report()).phase == "stopped"
+
+
+async def test_a_leader_that_fails_says_why() -> None:
+    rank = FakeRank(0, broken=False)
+    process = RankProcess(SPEC, 0, "127.0.0.1", rank)
+    end = asyncio.create_task(process.ended())
+    await reach(process, "ready")
+    rank.replica.fail("rank 1 hung")
+    assert await end == "rank 1 hung"
+    assert (await process.report()).phase == "failed"
+
+
+async def test_a_load_that_fails_ends_the_rank_with_the_typed_message() -> None:
+    process = RankProcess(SPEC, 1, "127.0.0.1", FakeRank(1, broken=True))
+    assert await process.ended() == "weights.gguf: truncated"
+    assert (await process.report()).fraction == 0.5
+
+
+class Failing(FakeRank):
+    def __init__(self, error: Exception) -> None:
+        super().__init__(1, broken=False)
+        self.error = error
+        self.closed = False
+
+    def serve(self) -> None:
+        raise self.error
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RankFailed("the leader is gone"), "the leader is gone"),
+        (KeyError("x"), "internal error: KeyError('x')"),
+    ],
+)
+async def test_a_follower_that_fails_lets_go_of_its_group(error: Exception, said: str) -> None:
+    rank = Failing(error)
+    assert await RankProcess(SPEC, 1, "127.0.0.1", rank).ended() == said
+    assert rank.closed
+
+
+async def test_progress_is_seen_while_weights_load() -> None:
+    seen: list[float] = []
+
+    class Slow(FakeRank):
+        def load(self, on_progress: Callable[[float], None]) -> None:
+            on_progress(0.25)
+            time.sleep(0.2)
+
+    process = RankProcess(SPEC, 1, "127.0.0.1", Slow(1, broken=False))
+    end = asyncio.create_task(process.ended())
+    await reach(process, "loading")
+    await asyncio.sleep(0.05)
+    seen.append((await process.report()).fraction)
+    await reach(process, "ready")
+    await process.stop()
+    await end
+    assert seen == [0.25]
+
+
+def test_sigkill_spares_a_process_that_was_given_the_pid_later() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        sigkill(process.pid, started_before=time.time() - 3600)
+        assert process.poll() is None
+        sigkill(process.pid, started_before=time.time() + 1)
+        assert not psutil.pid_exists(process.pid)
+    sigkill(process.pid, started_before=time.time())  # gone: nothing to do

@@ -63,7 +63,11 @@ def test_a_hung_rank_is_named_and_its_streams_go_on(cluster: Cluster, undisturbe
         assert_same(streams.wait(), undisturbed)
     cluster.wait_until_whole()
     with cluster.admin_client() as admin:  # an endless stream: without such an event the test's time runs out
-        next(e for e in admin.events(replay=True) if e.replica_id == victim.replica_id and "rank 1" in e.message)
+        next(
+            e
+            for e in admin.events(replay=True)
+            if e.replica_id == victim.replica_id and "rank 1" in e.message
+        )
 
 
 def test_serving_goes_on_without_its_controller(cluster: Cluster, undisturbed: list[Outcome]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
+from flm.kernels.cpu.arena import Arena
 from flm.kernels.cpu.arrays import (
     I32,
     PARAMETERS,
@@ -26,8 +27,8 @@ from flm.kernels.cpu.arrays import (
     float_bits,
 )
 from flm.kernels.cpu.configure import load_kernels
-from flm.kernels.cpu.graph import MISSING_COLUMN, CpuGraph, raise_status
-from flm.kernels.cpu.opcodes import ROW_WIDTH, WORKERS
+from flm.kernels.cpu.graph import MISSING_COLUMN, CpuGraph, program_rows, raise_status
+from flm.kernels.cpu.opcodes import WORKERS
 from flm.kernels.cpu.pack import CpuMatrix, aligned, pack
 from flm.kernels.errors import DTypeError, KernelError, ShapeError
 from flm.kernels.group import Group
@@ -47,7 +48,8 @@ class CpuBackend:
         kernels = load_kernels(threads)
         self._run, self._ops, self._leaves = kernels.run, kernels.ops, kernels.leaves
         self._graph: CpuGraph | None = None
-        self._row = np.zeros((1, ROW_WIDTH), np.int64)
+        self._arena = Arena()
+        self._row = program_rows(1)
         self._area = aligned((1 << 16,), np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
@@ -60,7 +62,7 @@ class CpuBackend:
         return array
 
     def pack(self, matrix: QuantizedMatrix) -> CpuMatrix:
-        return pack(matrix)
+        return pack(matrix, self._arena.take)
 
     def kv_cache(
         self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
@@ -69,9 +71,8 @@ class CpuBackend:
             raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
         if np.dtype(dtype) not in (np.float32, np.float16):
             raise DTypeError(f"a float32 or float16 cache expected, got {np.dtype(dtype)}")
-        k = aligned((num_blocks, kv_heads, head_dim, block_size), dtype)
-        v = aligned((num_blocks, kv_heads, block_size, -(-head_dim // 16) * 16), dtype)
-        k[...], v[...] = 0, 0
+        k = self._arena.take((num_blocks, kv_heads, head_dim, block_size), dtype)
+        v = self._arena.take((num_blocks, kv_heads, block_size, -(-head_dim // 16) * 16), dtype)
         return CpuCache(k, v)
 
     @contextmanager
@@ -87,11 +88,11 @@ class CpuBackend:
     def _emit(self, op: str, fields: list[int], *keep: Any, workers: int = 1) -> None:
         """Run a row or, while capturing, record it. keep: what the addresses point into, a collective's group last."""
         padding = [0] * (WORKERS - 1 - len(fields))
-        row = [self._ops[op], *fields, *padding, workers, 0]
+        row = [self._ops[op], *fields, *padding, workers]
         if self._graph is not None:
             self._graph.add(row, keep)
             return
-        self._row[0] = row
+        self._row[0, : len(row)] = row
         status = self._run(self._row)
         if status:
             raise_status(status & 255, int(self._row[0, MISSING_COLUMN]), keep[-1])

@@ -14,19 +14,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from flm.kernels.cpu.memory import (
+    SPINS,
     clock_gettime,
     f32_at,
     i64_at,
     load_acquire,
-    sched_yield,
     store_release,
     u8_at,
-    usleep,
+    wait_a_little,
 )
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH
 
 OK, TIMEOUT, ABORTED = 0, 1, 2
-SPINS, YIELDS, SLEEP_US = 2_000, 2_000, 50
 
 
 @intrinsic
@@ -77,20 +76,14 @@ def _arrive_and_wait(row):  # type: ignore
         mask = _missing(base, size, epoch)
         if mask == 0:
             return OK
-        rounds += 1
-        if rounds <= SPINS:
-            continue
-        if rounds % 16 == 0:
+        rounds = wait_a_little(rounds)
+        if rounds > SPINS and rounds % 16 == 0:
             time = now_ns(row[8])
             if deadline == 0:
                 deadline = time + row[7]
             elif time > deadline:
                 row[3] = mask
                 return TIMEOUT
-        if rounds < SPINS + YIELDS:
-            sched_yield()
-        else:
-            usleep(np.uint32(SLEEP_US))
 
 
 @njit

@@ -20,7 +20,7 @@ _LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class Kernels:
-    """run: a program [rows, ROW_WIDTH] to its status. ops, leaves: addresses of the compiled functions by name."""
+    """run: a program [rows + 1, ROW_WIDTH], the last row for its own use, to its status. ops, leaves: addresses of the compiled functions by name."""
 
     run: Callable[[NDArray[np.int64]], int]
     ops: dict[str, int]
@@ -73,7 +73,8 @@ def load_kernels(threads: int) -> Kernels:
 
     def run(rows: NDArray[np.int64]) -> int:
         numba.set_num_threads(threads)  # per calling thread
-        return int(run_program(rows.ctypes.data, len(rows)))
+        count = len(rows) - 1
+        return int(run_program(rows.ctypes.data, count, rows[count:].ctypes.data, threads))
 
     return Kernels(
         run, {op.__name__: op.address for op in ops}, {leaf.__name__: leaf.address for leaf in leaves.LEAVES}
@@ -91,8 +92,8 @@ def _require_openmp(numba: Any) -> None:
 
     if not _launched():
         numba.config.THREADING_LAYER = "omp"
-        # A thread that finds no work spins about 10 µs, then sleeps. libgomp's default of milliseconds costs a step 50
-        # times its length as soon as another process wants a core. Read once, when libgomp is loaded.
+        # Between steps a thread spins about 10 µs, then sleeps (inside a step program.py rules). libgomp's default of
+        # milliseconds takes the core from other processes. Read once, when libgomp is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
         try:
             parallel._launch_threads()

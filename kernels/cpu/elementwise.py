@@ -11,7 +11,7 @@ import numpy as np
 from numba import cfunc, njit
 
 from flm.kernels.cpu.memory import copy, f32_at, float_of_bits, i32_at, i64_at, store_half
-from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, share
+from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, next_task, span
 from flm.kernels.cpu.vector import silu_times, sum_of_squares
 
 
@@ -33,9 +33,12 @@ def _norm_row(row, t):  # type: ignore
 def norm(address, worker):  # type: ignore
     """row: 1 x, 2 delta or 0, 3 T, 4 E, 5 weight, 6 eps, 7 out."""
     row = i64_at(address, ROW_WIDTH)
-    first, last = share(row, row[3], worker)
-    for t in range(first, last):
-        _norm_row(row, t)
+    size = span(row, row[3])
+    first = next_task(row) * size
+    while first < row[3]:
+        for t in range(first, min(first + size, row[3])):
+            _norm_row(row, t)
+        first = next_task(row) * size
     return 0
 
 
@@ -50,9 +53,12 @@ def _silu_row(row, t):  # type: ignore
 def silu_mul(address, worker):  # type: ignore
     """row: 1 gate and up, 2 out, 3 T, 4 F."""
     row = i64_at(address, ROW_WIDTH)
-    first, last = share(row, row[3], worker)
-    for t in range(first, last):
-        _silu_row(row, t)
+    size = span(row, row[3])
+    first = next_task(row) * size
+    while first < row[3]:
+        for t in range(first, min(first + size, row[3])):
+            _silu_row(row, t)
+        first = next_task(row) * size
     return 0
 
 
@@ -105,9 +111,12 @@ def rope_kv_write(address, worker):  # type: ignore
     """row: 1 qkv, 2 T, 3 positions, 4 slots, 5 H, 6 J, 7 D, 8 R, 9 Dp, 10 block size, 11 half, 12 cos, 13 sin, 14 k cache,
     15 v cache, 16 q out, 17 scratch [T, D]."""
     row = i64_at(address, ROW_WIDTH)
-    first, last = share(row, row[2], worker)
-    for t in range(first, last):
-        _rope_token(row, t)
+    size = span(row, row[2])
+    first = next_task(row) * size
+    while first < row[2]:
+        for t in range(first, min(first + size, row[2])):
+            _rope_token(row, t)
+        first = next_task(row) * size
     return 0
 
 
@@ -116,7 +125,10 @@ def take_rows(address, worker):  # type: ignore
     """row: 1 x, 2 rows, 3 S, 4 E, 5 out."""
     row = i64_at(address, ROW_WIDTH)
     E, index = row[4], i32_at(row[2], row[3])
-    first, last = share(row, row[3], worker)
-    for s in range(first, last):
-        copy(row[1] + np.int64(index[s]) * E * 4, row[5] + s * E * 4, E)
+    size = span(row, row[3])
+    first = next_task(row) * size
+    while first < row[3]:
+        for s in range(first, min(first + size, row[3])):
+            copy(row[1] + np.int64(index[s]) * E * 4, row[5] + s * E * 4, E)
+        first = next_task(row) * size
     return 0

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.cpu.opcodes import ROW_WIDTH
+from flm.kernels.cpu.pack import aligned
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout
 from flm.kernels.group import Group
 
@@ -36,13 +37,20 @@ class CpuGraph:
     def replay(self) -> None:
         """Run everything. Collectives raise CollectiveTimeout or CollectiveAborted."""
         if self._rows is None:
-            self._rows = np.zeros((len(self._list), ROW_WIDTH), np.int64)
-            for row, values in zip(self._rows, self._list, strict=True):
-                row[:] = values
+            self._rows = program_rows(len(self._list))
+            for row, values in zip(self._rows, self._list, strict=False):
+                row[: len(values)] = values
         status = self._run(self._rows)
         if status:
             at = status >> 8
             raise_status(status & 255, int(self._rows[at, MISSING_COLUMN]), self._keep[at][-1])
+
+
+def program_rows(count: int) -> NDArray[np.int64]:
+    """Zeroed rows for `count` ops and one for the program's own use, each on cache lines of its own."""
+    rows = aligned((count + 1, ROW_WIDTH), np.int64)
+    rows[...] = 0
+    return rows
 
 
 def raise_status(status: int, missing: int, group: Group) -> None:

@@ -63,6 +63,14 @@ def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
     return call(b, "llvm.fma.v16f32", VF32, x, y, z)
 
 
+def prefetch(b: Builder, address: Value) -> None:
+    """Start to bring the cache line of an address, which need not be valid, into the first-level cache."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
+    function = b.module.globals.get("llvm.prefetch.p0") or ir.Function(b.module, kind, "llvm.prefetch.p0")
+    read, keep, data = (ir.Constant(I32, n) for n in (0, 3, 1))
+    b.call(function, [b.inttoptr(address, ir.PointerType(I8)), read, keep, data])
+
+
 def load_f32(b: Builder, address: Value, form: str) -> Value:
     """16 values stored as float32, float16, bfloat16 or int8, as float32."""
     if form == "float32":

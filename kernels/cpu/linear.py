@@ -13,7 +13,7 @@ from numba import cfunc, njit
 from flm.kernels.cpu.leaves import call_leaf
 from flm.kernels.cpu.memory import copy, f32_at, fill, float_of_bits, i32_at, i64_at, load_half, u8_at, u32_at
 from flm.kernels.cpu.microkernels import FLOAT16, FLOAT32, INT4, INT8
-from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, WORKERS, next_task, share
+from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, WORKERS, next_task, span
 from flm.kernels.cpu.vector import group_sum
 
 CHUNK = 48  # tokens that share one converted tile: accumulators, tile and x stay in the first-level cache
@@ -126,9 +126,12 @@ def _task(row, i, whole, split, work):  # type: ignore
 def prepare(address, worker):  # type: ignore
     """For integer codes, before linear. row: as linear."""
     row = i64_at(address, ROW_WIDTH)
-    first, last = share(row, row[3], worker)
-    for t in range(first, last):
-        _prepare(row, t)
+    size = span(row, row[3])
+    first = next_task(row) * size
+    while first < row[3]:
+        for t in range(first, min(first + size, row[3])):
+            _prepare(row, t)
+        first = next_task(row) * size
     return 0
 
 
@@ -179,29 +182,25 @@ def _gather(form, out, panel, lane, K, group, G, half, codes, scales, offsets): 
                 out[k] += load_half(offsets + at * 2) if half != 0 else f32_at(offsets + at * 4, 1)[0]
 
 
+@njit
+def _embed(row, t):  # type: ignore
+    form, T, K, N, group, G, half = row[1], row[3], row[4], row[6], row[7], row[8], row[11]
+    at = row[12] + t * K * 4
+    n = i32_at(row[2], T)[t] - row[13]
+    if n < 0 or n >= N:
+        fill(at, K, 0.0)
+    else:
+        _gather(form, f32_at(at, K), n // 64, n % 64, K, group, G, half, row[5], row[9], row[10])
+
+
 @cfunc(OP, cache=True)
 def embedding(address, worker):  # type: ignore
     """row: 1 form, 2 ids, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 first row."""
     row = i64_at(address, ROW_WIDTH)
-    form, T, K, N, group, G, half = row[1], row[3], row[4], row[6], row[7], row[8], row[11]
-    ids = i32_at(row[2], T)
-    first, last = share(row, T, worker)
-    for t in range(first, last):
-        n = ids[t] - row[13]
-        if n < 0 or n >= N:
-            fill(row[12] + t * K * 4, K, 0.0)
-        else:
-            _gather(
-                form,
-                f32_at(row[12] + t * K * 4, K),
-                n // 64,
-                n % 64,
-                K,
-                group,
-                G,
-                half,
-                row[5],
-                row[9],
-                row[10],
-            )
+    size = span(row, row[3])
+    first = next_task(row) * size
+    while first < row[3]:
+        for t in range(first, min(first + size, row[3])):
+            _embed(row, t)
+        first = next_task(row) * size
     return 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from flm.kernels.cpu.ir import F16, F32, I32, I64
+from flm.kernels.cpu.ir import F16, F32, I32, I64, call
 
 
 def _pointer(kind: Any) -> Any:
@@ -110,7 +112,7 @@ def fetch_add(ctx, address, value):  # type: ignore
     """Atomically add to an int64; the value before."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.atomic_rmw("add", b.inttoptr(args[0], ir.PointerType(I64)), args[1], "monotonic")
+        return b.atomic_rmw("add", b.inttoptr(args[0], ir.PointerType(I64)), args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
 
@@ -132,6 +134,18 @@ def store_release(ctx, address, value):  # type: ignore
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def pause(ctx):  # type: ignore
+    """Tell an x86 core that this is a waiting loop."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        if platform.machine() in ("x86_64", "AMD64"):
+            call(b, "llvm.x86.sse2.pause", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 sched_yield = types.ExternalFunction("sched_yield", types.int32())
 usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
 clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.CPointer(types.int64)))
@@ -151,3 +165,20 @@ def copy(source: int, target: int, count: int) -> None:
     s, t = f32_at(source, count), f32_at(target, count)
     for i in range(count):
         t[i] = s[i]
+
+
+SPINS, YIELDS, SLEEP_US = 500, 2_000, 50
+
+
+@njit
+def wait_a_little(rounds: int) -> int:
+    """One round of a wait: spin for some 10 µs, then yield the core for some ms, then sleep. Returns rounds + 1.
+
+    Threads and ranks may outnumber cores: who spins longer keeps the one he waits for from running."""
+    if rounds < SPINS:
+        pause()
+    elif rounds < SPINS + YIELDS:
+        sched_yield()
+    else:
+        usleep(np.uint32(SLEEP_US))
+    return rounds + 1

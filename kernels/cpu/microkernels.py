@@ -18,10 +18,28 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from flm.kernels.cpu.ir import F32, LANES, VF32, VI32, Loop, const, fma, i64, load, load_f32, splat, store
+from flm.kernels.cpu.ir import (
+    F32,
+    LANES,
+    VF32,
+    VI32,
+    Loop,
+    const,
+    fma,
+    i64,
+    load,
+    load_f32,
+    prefetch,
+    splat,
+    store,
+)
 
 PANEL = 64  # outputs per panel of packed weights
 MAX_TOKENS = 6
+PREFETCH_TOKENS = (
+    2  # up to this many tokens memory is the limit; the hardware's own prefetching stops at page ends
+)
+PREFETCH_BYTES = 2048
 INT4, INT8, FLOAT32, FLOAT16, BFLOAT16 = range(5)
 WIDTH = (4, 1, 4, 2, 2)  # bytes an output takes in one row of codes (a row is 8 k for int4)
 STEPS = (8, 4, 1, 1, 1)  # k per round of the inner loop
@@ -53,6 +71,9 @@ def _inner(
         address = b.add(w, b.mul(row, w_stride))
         x_at = b.shl(b.add(at, i64(j)), i64(2))
         xs = [splat(b, load(b, b.add(rows[t], x_at), F32, 4)) for t in range(T)]
+        if T <= PREFETCH_TOKENS and (form != INT4 or j == 0):
+            for line in range(0, R * LANES * WIDTH[form], 64):
+                prefetch(b, b.add(address, i64(PREFETCH_BYTES + line)))
         for r in range(R):
             weight = _weights(b, form, address, r, j)
             for t in range(T):

@@ -1,18 +1,17 @@
-"""The shape of a program row: int64 [ROW_WIDTH]. Word 0 is the op's address; the last two words are how many workers run
-it and the counter from which they take tasks; the op's docstring says what the others are.
+"""The shape of a program row: int64 [ROW_WIDTH]. Word 0 is the op's address, words 1 to 23 what the op's docstring says; the
+last cache line is for running it: how many workers may, the counter from which they take tasks, and who is inside.
 """
 
 from typing import Any
 
-import numpy as np
 from numba import njit, types
 
 from flm.kernels.cpu.memory import fetch_add
 
-ROW_WIDTH, WORKERS, COUNTER = 26, 24, 25
+ROW_WIDTH, WORKERS, COUNTER, INSIDE = 32, 24, 25, 26
 OP = types.int64(
     types.int64, types.int64
-)  # an op takes its row's address and its worker's number; 0 for success
+)  # address of the row, number of the worker -> status, 0 for success
 
 
 @njit
@@ -22,7 +21,7 @@ def next_task(row: Any) -> int:
 
 
 @njit
-def share(row: Any, count: int, worker: int) -> Any:
-    """This worker's part of 0 .. count."""
+def span(row: Any, count: int) -> int:
+    """How many of `count` equal items make a task: a few tasks per worker, so that a late worker delays nobody."""
     workers = row[WORKERS]
-    return np.int64(worker * count // workers), np.int64((worker + 1) * count // workers)
+    return count if workers == 1 else count // (4 * workers) + 1

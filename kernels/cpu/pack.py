@@ -9,6 +9,7 @@ Kp = G * group. Outputs are padded to 64 with zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from flm.kernels.quant import FLOAT_DTYPES, QuantizedMatrix, to_float32
 PANEL = 64
 FORMS = {"int4": 0, "int8": 1, "float32": 2, "float16": 3, "bfloat16": 4}
 Array = NDArray[Any]
+Take = Callable[[tuple[int, ...], Any], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +89,11 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     return raw[start : start + count].view(kind).reshape(shape)
 
 
-def _panels(rows: Array) -> Array:
+def _panels(rows: Array, take: Take) -> Array:
     """[N, X] to [panels, X, 64], padded with zeros, aligned."""
     n, x = rows.shape
     panels = -(-n // PANEL)
-    out = aligned((panels, x, PANEL), rows.dtype)
+    out = take((panels, x, PANEL), rows.dtype)
     whole = n // PANEL
     out[:whole] = rows[: whole * PANEL].reshape(whole, PANEL, x).transpose(0, 2, 1)
     if whole < panels:
@@ -100,17 +102,17 @@ def _panels(rows: Array) -> Array:
     return out
 
 
-def pack(matrix: QuantizedMatrix) -> CpuMatrix:
-    """Rearrange; nothing is rounded."""
+def pack(matrix: QuantizedMatrix, take: Take = aligned) -> CpuMatrix:
+    """Rearrange into arrays from `take`; nothing is rounded."""
     if matrix.format not in FORMS:
         raise UnsupportedFormat(f"one of {', '.join(FORMS)} expected, got {matrix.format}")
     if matrix.format in FLOAT_DTYPES:
-        return CpuMatrix(matrix.format, matrix.shape, _panels(matrix.codes), 0, None, None)
+        return CpuMatrix(matrix.format, matrix.shape, _panels(matrix.codes, take), 0, None, None)
     codes = matrix.codes
     if matrix.format == "int4":
         codes = np.ascontiguousarray(codes).view("<u4")  # four bytes of two nibbles: nibble j is input j
     assert matrix.scales is not None
-    offsets = None if matrix.offsets is None else _panels(matrix.offsets.astype(matrix.scales.dtype))
+    offsets = None if matrix.offsets is None else _panels(matrix.offsets.astype(matrix.scales.dtype), take)
     return CpuMatrix(
-        matrix.format, matrix.shape, _panels(codes), matrix.group, _panels(matrix.scales), offsets
+        matrix.format, matrix.shape, _panels(codes, take), matrix.group, _panels(matrix.scales, take), offsets
     )

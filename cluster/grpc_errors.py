@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from itertools import accumulate
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -21,7 +22,10 @@ log = logging.getLogger(__name__)
 
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "flm-cluster"
-_MAX_MESSAGE = 2000  # characters; gRPC peers refuse 8 KiB of trailers and more
+# gRPC peers refuse trailers of 8 KiB: a message, which is percent-encoded there, and up to five of the other texts,
+# which are in base64 with the message, stay below that together.
+_MAX_MESSAGE = 1500  # bytes, percent-encoded
+_MAX_TEXT = 500  # bytes of UTF-8
 _ATTRIBUTES = ("field", "message", "file", "line")  # of the tree's errors, all plain
 _CLASSES: dict[str, type[FlmError]] = {
     name: value
@@ -50,11 +54,11 @@ Method = TypeVar("Method", bound=Callable[..., Awaitable[Any]])
 def to_status(error: FlmError) -> status_pb2.Status:
     """The status with its details."""
     code: int = getattr(grpc.StatusCode, error.code).value[0]
-    status = status_pb2.Status(code=code, message=str(error)[:_MAX_MESSAGE])
+    status = status_pb2.Status(code=code, message=_clipped(str(error), _MAX_MESSAGE, escaped=3))
     info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
     for name in _ATTRIBUTES:
         if hasattr(error, name):
-            info.metadata[name] = str(getattr(error, name))[:_MAX_MESSAGE]
+            info.metadata[name] = _clipped(str(getattr(error, name)), _MAX_TEXT)
     status.details.add().Pack(info)
     retry_after = getattr(error, "retry_after", None)
     if retry_after is not None:
@@ -63,10 +67,19 @@ def to_status(error: FlmError) -> status_pb2.Status:
         status.details.add().Pack(retry)
     if isinstance(error, InvalidRequest):
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message[:_MAX_MESSAGE]
+            field=_clipped(error.field, _MAX_TEXT), description=_clipped(error.message, _MAX_TEXT)
         )
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     return status
+
+
+def _clipped(text: str, limit: int, escaped: int = 1) -> str:
+    """The beginning of a text that takes at most `limit` bytes, where those outside of printable ASCII take `escaped`
+    each. Lone surrogates, which no message can hold, become question marks."""
+    data = text.encode("utf-8", "replace")
+    sizes = accumulate(1 if 0x20 <= byte < 0x7F and byte != 0x25 else escaped for byte in data)
+    kept = next((index for index, size in enumerate(sizes) if size > limit), len(data))
+    return data[:kept].decode("utf-8", "ignore")
 
 
 def from_status(status: status_pb2.Status) -> FlmError:

@@ -1,9 +1,17 @@
 """Errors cross the wire and come back as they were."""
 
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import quote
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from flm.cluster.client import AsyncClient
 from flm.cluster.grpc_errors import from_status, to_status
 from flm.worker import errors
 from flm.worker.errors import FlmError
@@ -64,5 +72,21 @@ def test_foreign_statuses(code: grpc.StatusCode) -> None:
     assert error.code == ("INTERNAL" if code.name == "ALREADY_EXISTS" else expected)
 
 
-def test_long_messages_fit_into_trailers() -> None:
-    assert len(to_status(errors.InvalidRequest("prompt", "x" * 100_000)).SerializeToString()) < 8000
+@pytest.mark.parametrize("text", ["x" * 100_000, "漢" * 100_000, "%\n" * 100_000, "\udcff漢" * 100_000])
+def test_long_texts_fit_into_trailers(text: str) -> None:
+    error = errors.InvalidRequest(text, text)
+    error.file = text  # type: ignore[attr-defined]
+    status = to_status(error)
+    message = quote(status.message, safe=" !\"#$&'()*+,/:;<=>?@[\\]^`{|}")
+    assert len(message) + len(base64.b64encode(status.SerializeToString())) < 7800
+    assert "\ufffd" not in status.message
+
+
+async def test_long_texts_of_clients_come_back(start_cluster: Callable[..., Awaitable[Any]]) -> None:
+    cluster = await start_cluster()
+    async with AsyncClient(cluster.address) as client:
+        with pytest.raises(errors.InvalidRequest, match="got '漢漢") as caught:
+            await anext(client.chat([{"role": "漢" * 3000, "content": ""}]))
+        assert caught.value.field == "messages[0].role"
+        with pytest.raises(errors.ModelNotFound, match="漢漢"):
+            await client.model_info("漢" * 3000)

@@ -20,7 +20,17 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flm.cluster.async_client import AsyncClient, AsyncStream
-from flm.cluster.client_request import Endpoint, Message, Sampling, chat_request, generate_request
+from flm.cluster.client_request import (
+    Endpoint,
+    Message,
+    Sampling,
+    chat_request,
+    detokenize_request,
+    generate_request,
+    health_request,
+    model_info_request,
+    tokenize_request,
+)
 from flm.cluster.grpc_errors import from_rpc_error
 from flm.cluster.listen import CHANNEL_OPTIONS
 from flm.proto import flm_pb2, flm_pb2_grpc
@@ -99,7 +109,7 @@ class Client:
     def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None
     ) -> list[int]:
-        request = flm_pb2.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
+        request = tokenize_request(text, model, add_special_tokens)
         return list(self._call(self._stub.Tokenize, request, timeout).ids)
 
     def detokenize(
@@ -110,7 +120,7 @@ class Client:
         skip_special_tokens: bool = True,
         timeout: float | None = None,
     ) -> str:
-        request = flm_pb2.DetokenizeRequest(model=model, ids=ids, skip_special_tokens=skip_special_tokens)
+        request = detokenize_request(ids, model, skip_special_tokens)
         return str(self._call(self._stub.Detokenize, request, timeout).text)
 
     def models(self, *, timeout: float | None = None) -> list[flm_pb2.ModelInfo]:
@@ -118,7 +128,7 @@ class Client:
         return list(self._call(self._stub.ListModels, flm_pb2.ListModelsRequest(), timeout).models)
 
     def model_info(self, model: str = "", *, timeout: float | None = None) -> flm_pb2.ModelInfo:
-        request = flm_pb2.GetModelInfoRequest(model=model)
+        request = model_info_request(model)
         info: flm_pb2.ModelInfo = self._call(self._stub.GetModelInfo, request, timeout)
         return info
 
@@ -126,7 +136,7 @@ class Client:
         """Whether a replica of the model is ready; without a model, whether the gateway lives at all."""
         stub = health_pb2_grpc.HealthStub(self._channel)
         try:
-            answer = self._call(stub.Check, health_pb2.HealthCheckRequest(service=model), timeout)
+            answer = self._call(stub.Check, health_request(model), timeout)
         except NotFound:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from flm.proto import flm_pb2
 from flm.worker.errors import ConfigError, InvalidRequest
 
 Message = Mapping[str, str]  # {"role": "user", "content": "…"}
+
+
+@contextmanager
+def _field(name: str, expected: str = "") -> Iterator[None]:
+    """What a value that does not fit into its message raises becomes InvalidRequest with its field."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise InvalidRequest(name, f"{expected}: {error!r}" if expected else str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,12 @@ class Endpoint:
     address: str  # host:port
     api_key: str = ""
     ca_file: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.address.isprintable() or not self.address:
+            raise ConfigError(f"expected host:port, got {self.address!r}", field="address")
+        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("expected printable ASCII", field="api_key")  # it is a header's value
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -66,43 +83,71 @@ class Sampling:
         for name, value in vars(self).items():
             if value is None:
                 continue
-            try:
+            with _field(f"sampling.{name}"):
                 if name == "stop":
                     options.stop.extend(text.encode() for text in self.stop)
                 elif name == "stop_token_ids":
                     options.stop_token_ids.extend(self.stop_token_ids)
                 else:
                     setattr(options, name, value)
-            except (TypeError, ValueError) as error:
-                raise InvalidRequest(f"sampling.{name}", str(error)) from None
         return options
 
 
 def generate_request(
     prompt: str | Sequence[int], sampling: Sampling | None, model: str
 ) -> flm_pb2.GenerateRequest:
-    request = flm_pb2.GenerateRequest(model=model, sampling=(sampling or Sampling()).to_proto())
-    try:
+    request = flm_pb2.GenerateRequest(sampling=(sampling or Sampling()).to_proto())
+    with _field("model"):
+        request.model = model
+    with _field("prompt"):
         if isinstance(prompt, str):
             request.prompt = prompt
         else:
             request.prompt_ids.ids.extend(prompt)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest("prompt", str(error)) from None
     return request
 
 
 def chat_request(
     messages: str | Sequence[Message], sampling: Sampling | None, model: str
 ) -> flm_pb2.ChatRequest:
-    request = flm_pb2.ChatRequest(model=model, sampling=(sampling or Sampling()).to_proto())
+    request = flm_pb2.ChatRequest(sampling=(sampling or Sampling()).to_proto())
+    with _field("model"):
+        request.model = model
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    with _field("messages", "expected a sequence"):
+        messages = list(messages)
     for index, message in enumerate(messages):
-        try:
+        with _field(f"messages[{index}]", "expected role and content as strings"):
             request.messages.add(role=message["role"], content=message["content"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidRequest(
-                f"messages[{index}]", f"expected role and content as strings: {error!r}"
-            ) from None
     return request
+
+
+def tokenize_request(text: str, model: str, add_special_tokens: bool) -> flm_pb2.TokenizeRequest:
+    request = flm_pb2.TokenizeRequest(add_special_tokens=add_special_tokens)
+    with _field("model"):
+        request.model = model
+    with _field("text"):
+        request.text = text
+    return request
+
+
+def detokenize_request(
+    ids: Sequence[int], model: str, skip_special_tokens: bool
+) -> flm_pb2.DetokenizeRequest:
+    request = flm_pb2.DetokenizeRequest(skip_special_tokens=skip_special_tokens)
+    with _field("model"):
+        request.model = model
+    with _field("ids"):
+        request.ids.extend(ids)
+    return request
+
+
+def model_info_request(model: str) -> flm_pb2.GetModelInfoRequest:
+    with _field("model"):
+        return flm_pb2.GetModelInfoRequest(model=model)
+
+
+def health_request(model: str) -> health_pb2.HealthCheckRequest:
+    with _field("model"):
+        return health_pb2.HealthCheckRequest(service=model)

@@ -10,16 +10,20 @@ from pydantic import BeforeValidator
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
+_LIMIT = 2**63  # bytes: what any size is kept in
 
 
 def parse_bytes(value: object) -> int:
     """Bytes from a whole number or from text with a unit, binary (GiB) or decimal (GB). ValueError otherwise."""
-    if type(value) is int and value >= 0:
+    if type(value) is int and 0 <= value < _LIMIT:
         return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
     if found is None or found[2].lower() not in _UNITS:
-        raise ValueError(f"expected a size such as 1GiB, 512MB or a number of bytes, got {value!r}")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+        raise ValueError(f"expected a size such as 1GiB, 512MB or a number of bytes, got {value!r:.60}")
+    count = float(found[1]) * _UNITS[found[2].lower()]
+    if count >= _LIMIT:
+        raise ValueError(f"expected less than 8 EiB, got {value:.40}")
+    return int(count)
 
 
 def format_bytes(count: float) -> str:

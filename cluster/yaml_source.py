@@ -52,11 +52,24 @@ def error_at(text: str, file: str, path: YamlPath, message: str) -> ConfigError:
     return parse_yaml(text, file).error(path, message)
 
 
+class _Loader(yaml.SafeLoader):
+    """Its errors have the line of the value, whichever they are."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # PyYAML lets through what int(), date() and their like raise, such as for 2024-99-99.
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!s:.60}: {error}", node.start_mark
+            ) from None
+
+
 def parse_yaml(text: str, file: str) -> YamlSource:
     """Parse one document. ConfigError where it is not YAML."""
     source = YamlSource(file)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is not None:
@@ -81,6 +94,12 @@ def parse_yaml(text: str, file: str) -> YamlSource:
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         line = mark.line + 1 if mark is not None else 0
         raise ConfigError(f"expected YAML: {problem}", file=file, line=line) from None
+    except RecursionError:
+        raise ConfigError(
+            "expected values within values a few levels deep, and none within itself",
+            file=file,
+            line=next(reversed(source.lines.values()), loader.line + 1),
+        ) from None
     return source
 
 

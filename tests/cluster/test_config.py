@@ -61,6 +61,7 @@ MISTAKES = [
     (model("device: tpu"), 6, "models[0].device", "expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
     (model("quantization: int3"), 6, "models[0].quantization", "expected 'auto', 'int4'"),
     (model("kv_cache: {memory: 1GOB}"), 6, "models[0].kv_cache.memory", "expected a size such as 1GiB"),
+    (model(f"kv_cache: {{memory: {'9' * 400}GiB}}"), 6, "models[0].kv_cache.memory", "less than 8 EiB"),
     (
         model("kv_cache: {dtype: int8}"),
         6,

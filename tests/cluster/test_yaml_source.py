@@ -1,0 +1,32 @@
+"""YAML that is none, and values that no document can hold: each refused with its file and line."""
+
+import pytest
+
+from flm.cluster.yaml_source import parse_yaml
+from flm.worker.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("a: 1\nb: 2024-99-99\n", 2, "2024-99-99: month must be in 1..12"),
+        ("a: 1\nb: " + "9" * 5000, 2, "9999"),
+        ("a: 1\nb: !!int x\n", 2, "invalid literal"),
+        ("a: 1\nb: !!timestamp x\n", 2, "x: "),
+        ("a: 1\nb: &x [*x]\n", 2, "none within itself"),
+        ("a: 1\nb: &x {c: *x}\n", 2, "none within itself"),
+        ("a: 1\nb: " + "[" * 3000, 2, "a few levels deep"),
+        ("a: 1\n? [1, 2]\n: 3\n", 2, "unhashable key"),
+    ],
+)
+def test_refusals_have_their_place(text: str, line: int, why: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, "c.yaml")
+    assert (caught.value.file, caught.value.line) == ("c.yaml", line)
+    assert why in str(caught.value)
+
+
+def test_lines_of_values() -> None:
+    source = parse_yaml("a: 1\nb:\n- c: 2024-01-31\n", "c.yaml")
+    assert source.lines == {(): 1, ("a",): 1, ("b",): 2, ("b", 0): 3, ("b", 0, "c"): 3}
+    assert str(source.data["b"][0]["c"]) == "2024-01-31"

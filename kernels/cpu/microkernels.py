@@ -40,6 +40,7 @@ PREFETCH_TOKENS = (
     2  # up to this many tokens memory is the limit; the hardware's own prefetching stops at page ends
 )
 PREFETCH_BYTES = 2048
+PREFETCH_SCALES = 512
 INT4, INT8, FLOAT32, FLOAT16, BFLOAT16 = range(5)
 WIDTH = (4, 1, 4, 2, 2)  # bytes an output takes in one row of codes (a row is 8 k for int4)
 STEPS = (8, 4, 1, 1, 1)  # k per round of the inner loop
@@ -112,6 +113,10 @@ def _affine_body(b: Any, form: int, T: int, R: int, lane: Any, args: dict[str, A
     places = _places(b, T, R, b.add(args["out"], b.shl(lane, i64(2))), i64(PANEL * 4))
     is_half = b.icmp_signed("!=", args["half"], i64(0))
     scale_at = b.mul(lane, b.select(is_half, i64(2), i64(4)))
+    if T <= PREFETCH_TOKENS:
+        for table in ("scales", "offsets"):
+            for line in range(0, R * LANES * 2, 64):
+                prefetch(b, b.add(b.add(args[table], scale_at), i64(PREFETCH_SCALES + line)))
     with b.if_then(b.icmp_signed("!=", args["offsets"], i64(0))):
         sums = [splat(b, load(b, b.add(args["xsum"], i64(4 * t)), F32, 4)) for t in range(T)]
         for r in range(R):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,13 +65,9 @@ def start_head(port: int, folder: str, cpus: int) -> None:
 
 def connect(address: str, namespace: str) -> None:
     """Join a running Ray cluster as a driver."""
-    ray.init(
-        address=address,
-        namespace=namespace,
-        log_to_driver=False,
-        configure_logging=False,
-        logging_level="ERROR",
-    )
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
+    signal.signal(signal.SIGTERM, handler)  # Ray takes it for itself, and keeps it after shutdown
 
 
 def start_cluster(address: str, spec: ClusterSpec) -> None:

@@ -117,7 +117,7 @@ def start_warming() -> subprocess.Popen[bytes] | None:
 
     if is_cached():
         return None
-    code = "import sys; from flm.kernels.cpu.configure import warm; warm(int(sys.argv[1]))"
+    code = "import sys; from flm.kernels.cpu.backend import warm; warm(int(sys.argv[1]))"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(usable_cpus())],
         stdin=subprocess.DEVNULL,
@@ -128,10 +128,16 @@ def start_warming() -> subprocess.Popen[bytes] | None:
 
 def finish_warming(warming: subprocess.Popen[bytes]) -> None:
     """FlmError with what the compiler, or OpenMP's absence, had to say."""
-    _, said = warming.communicate()
+    try:
+        _, said = warming.communicate()
+    except BaseException:
+        warming.kill()
+        warming.wait()
+        raise
     if warming.returncode:
         lines = said.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise FlmError(f"the CPU kernels cannot be compiled: {lines[-1]}")
+        kind, _, message = lines[-1].partition(": ")
+        raise FlmError(f"the CPU kernels cannot be compiled: {message or kind}")
 
 
 def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | None) -> Endpoint:

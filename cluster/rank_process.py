@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import psutil
 
 from flm.cluster.ranks import RankReport
+from flm.kernels.errors import KernelError
 from flm.worker.errors import FlmError
 from flm.worker.rank import GroupSpec
 
@@ -70,7 +71,10 @@ class RankProcess:
             await self._serve()
             self._phase = "stopped"
             return ""
-        except FlmError as error:
+        except (
+            FlmError,
+            KernelError,
+        ) as error:  # KernelError: no OpenMP here, or a format kernels do not know
             reason = str(error)
         except Exception as error:
             log.exception("rank %d of %s failed", self.rank, self.spec.replica_id)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import signal
+import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flm.cluster.cli.interrupts import Interrupts
 from flm.worker.errors import DoesNotFit, FlmError
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flm.cluster.launch import Checked
     from flm.cluster.plan import Plan
     from flm.cluster.state import Endpoint
+
+CONTROLLER_SECONDS = 60.0  # until the controller answers: its process imports for seconds on a busy machine
 
 
 def up(
@@ -28,39 +30,29 @@ def up(
     from rich.console import Console
 
     from flm.cluster.launch import check_file, end_cluster
+    from flm.cluster.state import load_endpoint
 
     console = Console(highlight=False)
     began = time.monotonic()
-    checked = check_file(file)
-    endpoint: Endpoint | None = None
-    with _interrupts():
+    with Interrupts() as interrupts:
+        checked: Checked | None = None
         try:
+            checked = check_file(file)
             endpoint = _start(checked, console)
-            _await_ready(checked, endpoint, console)
+            _await_ready(endpoint, console, interrupts)
+            interrupts.raising = False
         except BaseException as error:
-            if endpoint is not None:
-                end_cluster(endpoint)
-            if isinstance(error, KeyboardInterrupt):
-                console.print("Interrupted; nothing is left running.")
-                raise typer.Exit(130) from None
-            raise
+            interrupts.raising = False  # nothing may cut the clearing up short
+            begun = load_endpoint(checked.config.name) if checked is not None else None
+            if begun is not None:
+                end_cluster(begun)
+            if not isinstance(error, KeyboardInterrupt | SystemExit):  # Ray's own answer to SIGTERM is to exit
+                raise
+            console.print("Interrupted; nothing is left running.")
+            raise typer.Exit(130) from None
         _say_where(endpoint, console, time.monotonic() - began, detach)
         if not detach:
-            _stay(checked, endpoint, console)
-
-
-class _interrupts:
-    """SIGTERM means what Ctrl-C does."""
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, _interrupt)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+            _stay(checked, endpoint, console, interrupts)
 
 
 def _start(checked: Checked, console: Console) -> Endpoint:
@@ -97,7 +89,7 @@ def _refuse_misfit(plan: Plan, console: Console) -> None:
     raise DoesNotFit("; ".join((*plan.problems, *plan.obstacles)))
 
 
-def _await_ready(checked: Checked, endpoint: Endpoint, console: Console) -> None:
+def _await_ready(endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
     """Draw a bar for each rank until all replicas and the gateway are ready. FlmError where one fails."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -109,22 +101,20 @@ def _await_ready(checked: Checked, endpoint: Endpoint, console: Console) -> None
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    tasks: dict[tuple[str, int], TaskID] = {}
-    wait = 60.0  # the controller's process imports for seconds on a busy machine
+    tasks: dict[str, TaskID] = {}
     with (
-        AdminClient(endpoint.admin, endpoint.admin_key, wait) as client,
+        AdminClient(endpoint.admin, endpoint.admin_key, CONTROLLER_SECONDS) as client,
         Progress(*columns, console=console) as bars,
     ):
         while True:
             status = client.status()
-            replicas = [replica for model in status.models for replica in model.replicas]
-            for replica in replicas:
+            interrupts.check()
+            for replica in (replica for model in status.models for replica in model.replicas):
                 for rank in replica.ranks:
-                    key = (replica.replica_id, rank.rank)
-                    if key not in tasks:
-                        name = f"{replica.replica_id} rank {rank.rank}"
-                        tasks[key] = bars.add_task(name, total=1.0)
-                    bars.update(tasks[key], completed=rank.load_fraction)
+                    name = f"{replica.replica_id} rank {rank.rank}"
+                    if name not in tasks:
+                        tasks[name] = bars.add_task(name, total=1.0)
+                    bars.update(tasks[name], completed=rank.load_fraction)
                 if replica.message:
                     raise FlmError(f"replica {replica.replica_id} failed: {replica.message}")
             if status.gateway_message:
@@ -142,27 +132,43 @@ def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: boo
     console.print("flm-cluster down" if detach else "Ctrl-C to drain and stop")
 
 
-def _stay(checked: Checked, endpoint: Endpoint, console: Console) -> None:
+def _stay(checked: Checked, endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
     """Show events until interrupted; then drain and stop. A second interrupt does not wait for the drain."""
+    from flm.cluster.launch import drain_cluster, end_cluster
+
+    threading.Thread(target=_show_events, args=(endpoint, console), daemon=True).start()
+    if not interrupts.count:
+        interrupts.wait()
+    console.print("Draining; Ctrl-C again stops at once.")
+    timeout = max(model.drain_timeout for model in checked.config.models)
+    failures: list[FlmError] = []
+
+    def drain() -> None:
+        try:
+            drain_cluster(endpoint, timeout)
+        except FlmError as error:
+            failures.append(error)
+
+    draining = threading.Thread(target=drain, daemon=True)
+    draining.start()
+    seen = interrupts.count
+    while draining.is_alive() and interrupts.count == seen:
+        draining.join(0.1)
+    if draining.is_alive() or failures:
+        console.print(f"Not drained: {failures[0] if failures else 'interrupted'}")
+    end_cluster(endpoint)
+    console.print("Stopped.")
+
+
+def _show_events(endpoint: Endpoint, console: Console) -> None:
+    """For as long as this process lives."""
     from flm.cluster.admin_client import AdminClient
     from flm.cluster.cli.events import describe
-    from flm.cluster.launch import drain_cluster, end_cluster
-    from flm.worker.errors import Unavailable
 
-    try:
-        while True:
-            try:
-                with AdminClient(endpoint.admin, endpoint.admin_key) as client:
-                    for event in client.events(replay=False):
-                        console.print(describe(event))
-            except Unavailable:
-                time.sleep(1.0)  # the controller is being restarted
-    except KeyboardInterrupt:
-        console.print("Draining; Ctrl-C again stops at once.")
-    try:
-        drain_cluster(endpoint, max(model.drain_timeout for model in checked.config.models))
-    except (KeyboardInterrupt, Unavailable) as error:
-        console.print(f"Not drained: {error or 'interrupted'}")
-    finally:
-        end_cluster(endpoint)
-    console.print("Stopped.")
+    while True:
+        try:
+            with AdminClient(endpoint.admin, endpoint.admin_key) as client:
+                for event in client.events(replay=False):
+                    console.print(describe(event))
+        except FlmError:
+            time.sleep(1.0)  # the controller is being started again

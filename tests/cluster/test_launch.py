@@ -16,7 +16,7 @@ from flm.cluster import launch
 from flm.cluster.launch import check_file, why_taken
 from flm.cluster.ray_head import free_port, usable_cpus
 from flm.cluster.state import Endpoint, load_endpoint, save_endpoint
-from flm.worker.errors import ConfigError
+from flm.worker.errors import ConfigError, FlmError
 
 GOOD = """\
 name: unit
@@ -96,6 +96,15 @@ def test_what_a_crash_left_is_cleared_away(folder: Path) -> None:
     )
     assert check_file(write(folder)).config.name == "unit"
     assert load_endpoint("unit") is None
+
+
+def test_kernels_that_cannot_be_compiled_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flm.kernels.cpu.configure.is_cached", lambda: False)
+    monkeypatch.setattr(launch, "usable_cpus", lambda: 0)
+    warming = launch.start_warming()
+    assert warming is not None
+    with pytest.raises(FlmError, match="^the CPU kernels cannot be compiled: between 1 and .* got 0$"):
+        launch.finish_warming(warming)
 
 
 @pytest.mark.parametrize(

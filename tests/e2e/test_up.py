@@ -16,6 +16,7 @@ import pytest
 from running_cluster import MODEL, flm_cluster, free_address, of_session
 
 from flm.cluster.client import Client
+from flm.worker.errors import Unavailable
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -106,12 +107,19 @@ def test_a_rank_that_dies_while_loading_ends_up_with_its_name(foreground: Foregr
     foreground.assert_nothing_is_left()
 
 
+def serves(client: Client) -> bool:
+    try:
+        return client.ready(MODEL, timeout=1.0)
+    except Unavailable:
+        return False
+
+
 def test_a_gateway_that_dies_serves_again_on_its_port(foreground: Foreground) -> None:
     foreground.until_serving()
     (gateway,) = foreground.actors("GatewayActor")
     gateway.kill()
     began = time.monotonic()
     with Client(foreground.gateway) as client:
-        foreground.until(lambda: client.ready(MODEL, timeout=1.0), 20)
+        foreground.until(lambda: serves(client), 20)
         assert client.model_info(MODEL).ready_replicas == 1
     assert time.monotonic() - began < 15

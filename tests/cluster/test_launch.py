@@ -103,7 +103,7 @@ def test_kernels_that_cannot_be_compiled_say_why(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launch, "usable_cpus", lambda: 0)
     warming = launch.start_warming()
     assert warming is not None
-    with pytest.raises(FlmError, match="^the CPU kernels cannot be compiled: between 1 and .* got 0$"):
+    with pytest.raises(FlmError, match=r"^the CPU kernels cannot be compiled: between 1 and .* got 0$"):
         launch.finish_warming(warming)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
+from flm.kernels.cpu.pack import Take
 from flm.kernels.errors import DTypeError, ShapeError
 
 Array = NDArray[Any]
@@ -74,6 +75,23 @@ def columns(name: str, array: Array, dims: int = 2) -> tuple[int, ...]:
     return tuple(array.shape)
 
 
-def check_parameter(batch: SamplingBatch, name: str, dtype: np.dtype[Any], rows: int) -> int:
-    """The address of one of the batch's arrays."""
-    return check(name, getattr(batch, name), (rows,), dtype)
+def make_cache(
+    take: Take, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+) -> CpuCache:
+    """A cache in memory from `take`, which must read as zeros."""
+    if block_size % 16 or block_size <= 0:
+        raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
+    if dtype not in (np.float32, np.float16):
+        raise DTypeError(f"a float32 or float16 cache expected, got {dtype}")
+    k = take((num_blocks, kv_heads, head_dim, block_size), dtype)
+    v = take((num_blocks, kv_heads, block_size, -(-head_dim // 16) * 16), dtype)
+    return CpuCache(k, v)
+
+
+def sampling_fields(batch: SamplingBatch, rows: int) -> list[int]:
+    """The addresses of a batch's arrays: fields 4 to 16 of a sample row."""
+    fields = [check(name, getattr(batch, name), (rows,), dtype) for name, dtype in PARAMETERS]
+    fields.append(check("row_ptr", batch.row_ptr, (rows + 1,), I32))
+    counted = (int(batch.row_ptr[-1]),)
+    lists = (("token_ids", I32), ("in_prompt", U8), ("output_count", I32))
+    return fields + [check(name, getattr(batch, name), counted, dtype) for name, dtype in lists]

@@ -17,20 +17,19 @@ from flm.kernels.backend import SamplingBatch
 from flm.kernels.cpu.arena import Arena
 from flm.kernels.cpu.arrays import (
     I32,
-    PARAMETERS,
-    U8,
     CpuCache,
     address,
     check,
-    check_parameter,
     columns,
     float_bits,
+    make_cache,
+    sampling_fields,
 )
 from flm.kernels.cpu.configure import load_kernels
 from flm.kernels.cpu.graph import MISSING_COLUMN, CpuGraph, program_rows, raise_status
 from flm.kernels.cpu.opcodes import WORKERS
 from flm.kernels.cpu.pack import CpuMatrix, aligned, pack
-from flm.kernels.errors import DTypeError, KernelError, ShapeError
+from flm.kernels.errors import KernelError, ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
 
@@ -67,13 +66,7 @@ class CpuBackend:
     def kv_cache(
         self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
     ) -> CpuCache:
-        if block_size % 16 or block_size <= 0:
-            raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
-        if np.dtype(dtype) not in (np.float32, np.float16):
-            raise DTypeError(f"a float32 or float16 cache expected, got {np.dtype(dtype)}")
-        k = self._arena.take((num_blocks, kv_heads, head_dim, block_size), dtype)
-        v = self._arena.take((num_blocks, kv_heads, block_size, -(-head_dim // 16) * 16), dtype)
-        return CpuCache(k, v)
+        return make_cache(self._arena.take, num_blocks, block_size, kv_heads, head_dim, np.dtype(dtype))
 
     @contextmanager
     def capture(self) -> Iterator[CpuGraph]:
@@ -262,21 +255,13 @@ class CpuBackend:
     ) -> None:
         S, V = columns("logits", logits_SV)
         N = 0 if top_ids_SN is None else min(columns("top_ids", top_ids_SN)[1], V)
-        parameters = [check_parameter(batch, name, kind, S) for name, kind in PARAMETERS]
         tops = [0, 0]
         if top_ids_SN is not None and top_logprobs_SN is not None:
             tops = [check("top_ids", top_ids_SN, (S, N), I32), check("top_logprobs", top_logprobs_SN, (S, N))]
-        row_ptr = check("row_ptr", batch.row_ptr, (S + 1,), I32)
-        counted = (int(batch.row_ptr[-1]),)
-        lists = [
-            check("token_ids", batch.token_ids, counted, I32),
-            check("in_prompt", batch.in_prompt, counted, U8),
-        ]
-        lists += [check("output_count", batch.output_count, counted, I32)]
         area = (V * 12 + V // 16 + 2048 * 16 + 256) // 64 * 64
         scratch = self._scratch(area * self.threads)
-        row = [check("logits", logits_SV, (S, V)), S, V, *parameters]
-        row += [row_ptr, *lists, check("ids", ids_S, (S,), I32), *tops, N]
+        row = [check("logits", logits_SV, (S, V)), S, V, *sampling_fields(batch, S)]
+        row += [check("ids", ids_S, (S,), I32), *tops, N]
         row += [check("logprobs", logprobs_S, (S,)), address(scratch), area]
         keep = (logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_logprobs_SN, scratch)
         self._emit("sample", row, *keep, workers=max(1, min(self.threads, S)))

@@ -1,8 +1,10 @@
 """Chat templates: what they see, and that they can neither run away nor escape."""
 
+import tracemalloc
+
 import pytest
 
-from flm.cluster import templates
+from flm.cluster import template_sandbox
 from flm.cluster.templates import ChatTemplate
 from flm.worker.errors import InvalidRequest
 
@@ -55,7 +57,70 @@ def test_refusals_say_why(source: str, why: str) -> None:
     assert why in refusal(source)
 
 
+LARGE = [
+    "{{ 'x'.ljust(60000000) }}",
+    "{{ 'x'.rjust(60000000) }}",
+    "{{ 'x'.center(60000000) }}",
+    "{{ 'x'.zfill(60000000) }}",
+    "{{ 'x'.expandtabs(60000000) }}",
+    "{{ 'x' | center(60000000) }}",
+    "{{ '%60000000d' | format(1) }}",
+    "{{ '%*d' | format(60000000, 1) }}",
+    "{{ '%60000000d' % 1 }}",
+    "{{ '{:>60000000}'.format(1) }}",
+    "{{ '{:>60000000}'.format_map({}) }}",
+    "{{ (1).to_bytes(60000000) }}",
+    "{{ [0] * 60000000 }}",
+    "{{ lipsum(n=60000000) }}",
+    "{{ 'x' | indent(60000000, true) }}",
+    "{{ ('x' * 9999).replace('x', 'y' * 9999) }}",
+    "{{ ('x' * 9999) | replace('', 'y' * 9999) }}",
+    "{{ ('x' * 9999).join('y' * 9999) }}",
+    "{{ range(9999) | join('y' * 9999) }}",
+    "{{ {'a': 1} | tojson(indent=60000000) }}",
+    "{{ range(60000000) | list }}",
+    "{{ strftime_now('%60000000Y') }}",
+    "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+    (
+        "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+        "{{ ns.x | tojson }}"
+    ),
+    "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = ns.x + ['x' * 4000000] %}{% endfor %}",
+    "{% macro m(x) %}{% for i in range(9999) %}{{ x }}{% endfor %}{% endmacro %}{{ m('x' * 99999) }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% set x %}{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}{% endset %}",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+]
+
+
+@pytest.mark.parametrize("source", LARGE, ids=lambda source: source[:60])
+def test_memory_is_bounded(source: str) -> None:
+    tracemalloc.start()
+    try:
+        refusal(source)
+        assert tracemalloc.get_traced_memory()[1] < 96 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_the_field_uses_still_works() -> None:
+    source = (
+        "{% set ns = namespace(text='') %}{% for m in messages %}"
+        "{% set ns.text = ns.text ~ loop.index ~ ':' ~ (m['content'] | trim) + ';' %}"
+        "{% if loop.last and messages | length == loop.length %}{{ ns.text }}{% endif %}{% endfor %}"
+        "{{ messages[0].content.replace('l', 'L').split('e') | join('-') }}{{ '%s=%d' | format('a', 7) }}"
+        "{{ messages | map(attribute='role') | unique | list }}{{ 'a\nb' | indent(2) }}{{ ', '.join(['p', 'q']) }}"
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ [1] + [2] }}{{ none }}{{ 2 * 3 }}"
+    )
+    assert ChatTemplate(source).render(HELLO * 2) == (
+        "1:hello;2:hello;h-LLoa=7['user']a\n  bp, q2[1, 2]None6"
+    )
+
+
 def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "MAX_SECONDS", 0.1)
-    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.1)
+    loops = "{% set l = range(9999) | list %}{% for i in l %}{% for j in l %}{% endfor %}{% endfor %}"
     assert "took more than" in refusal(loops)

@@ -166,6 +166,7 @@ class ModelSection(Section):
     max_queue: Annotated[int, Field(ge=0)] = 256
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     drain_timeout: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    hang_timeout: Annotated[float, Field(ge=1, le=3600)] = 10.0
 
 
 class ClusterConfig(Section):

@@ -19,9 +19,9 @@ from pathlib import Path
 from flm.cluster.config import ClusterConfig, parse_config
 from flm.cluster.events import EventLog
 from flm.cluster.group import ReplicaGroup
-from flm.cluster.group_spec import group_spec
-from flm.cluster.placement import Group, Node, place, threads_per_rank
-from flm.cluster.ranks import Adopted, GatewayLink, RankHost, RankReport
+from flm.cluster.group_spec import footprint, group_spec, ranks_per_node
+from flm.cluster.placement import Node, place, threads_per_rank
+from flm.cluster.ranks import Adopted, GatewayLink, RankHost, RankReport, within
 from flm.cluster.reconcile import (
     Action,
     DrainReplica,
@@ -65,12 +65,12 @@ class Controller:
         self._gateway = gateway
         self._ending: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
+        self._acting = asyncio.Lock()  # actions wait for ranks, and must not meet an operator's half-way
         self._nodes: list[Node] = []
 
     # ------------------------------------------------------------------------------------------- the loop
     async def run(self) -> None:
-        """Adopt what runs, then look after it until cancelled."""
-        await self.adopt()
+        """Look after the cluster until cancelled; `adopt` comes first."""
         while True:
             await self.step()
             starting = any(g.phase is Phase.STARTING for g in self.groups.values())
@@ -80,7 +80,8 @@ class Controller:
             self._woken.clear()
 
     async def adopt(self) -> None:
-        """Take over the groups that an earlier controller started."""
+        """Take over the groups that an earlier controller started, and learn what each of them is doing: a group that
+        seemed to be starting would be the first to go, and its routes would be withdrawn."""
         for found in await self._host.adopt():
             spec, ranks = found.spec, len(found.links)
             known = spec.model in self.desired.replicas and spec.replica_id not in self.groups
@@ -89,6 +90,7 @@ class Controller:
                 self.events.add("replica_adopted", model=spec.model, replica_id=spec.replica_id)
             else:
                 await asyncio.gather(*(link.kill(RankReport()) for link in found.links.values()))
+        await asyncio.gather(*(group.look() for group in self.groups.values()))
 
     async def step(self) -> None:
         """One look."""
@@ -96,11 +98,13 @@ class Controller:
         for group in self.groups.values():
             self._note_ready(group)
             group.probe(now)
-        targets = [
-            ModelTarget(m.name, self.desired.replicas[m.name], m.drain_timeout) for m in self.config.models
-        ]
-        for action in reconcile(targets, [g.view(now) for g in self.groups.values()], now):
-            await self._carry_out(action, now)
+        async with self._acting:
+            targets = [
+                ModelTarget(m.name, self.desired.replicas[m.name], m.drain_timeout, m.hang_timeout)
+                for m in self.config.models
+            ]
+            for action in reconcile(targets, [g.view(now) for g in self.groups.values()], now):
+                await self._carry_out(action, now)
         await self.routes.push(self.groups.values(), self.desired.replicas)
 
     def wake(self) -> None:
@@ -130,7 +134,7 @@ class Controller:
         if before is not None and before.ending is not None and not before.ending.done():
             return  # its ranks are still going; the next look asks again
         section = self.config.model_named(model)
-        self._nodes = await self._host.nodes() or self._nodes
+        await self._look_at_nodes()
         spec = group_spec(section, self.desired.facts[model], replica_id, self._run_root)
         try:
             node = self._place(replica_id, model)
@@ -142,7 +146,12 @@ class Controller:
             self.groups[replica_id] = group
             return
         if not section.threads:
-            spec = replace(spec, threads=threads_per_rank(node, self._ranks_wanted(node)))
+            spec = replace(
+                spec,
+                threads=threads_per_rank(
+                    node, ranks_per_node(self.config, self.desired.replicas, len(self._nodes))
+                ),
+            )
         links = {rank: self._host.launch(spec, rank, node) for rank in range(spec.tensor_parallel)}
         group = self._take(Adopted(spec, node.node_id, links))
         if before is not None:
@@ -153,11 +162,20 @@ class Controller:
             )
         self._event("replica_starting", group, f"on {node.name}, {spec.threads} threads per rank")
 
+    async def _look_at_nodes(self) -> None:
+        """The cluster's nodes now; those of the last look where Ray does not answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CALL_TIMEOUT):
+                self._nodes = await self._host.nodes() or self._nodes
+
     def _take(self, found: Adopted) -> ReplicaGroup:
         group = ReplicaGroup(found.spec, found.node_id, found.links, self.wake)
         group.watch()
         self.groups[group.replica_id] = group
         return group
+
+    def _footprint(self, name: str, model: str) -> Group:
+        return footprint(name, self.config.model_named(model), self.desired.facts[model])
 
     def _place(self, replica_id: str, model: str) -> Node:
         groups = [self._footprint(g.replica_id, g.spec.model) for g in self.groups.values() if g.node_id]
@@ -167,23 +185,11 @@ class Controller:
         chosen = place(groups, self._nodes, placed)[replica_id]
         return next(node for node in self._nodes if node.node_id == chosen)
 
-    def _footprint(self, replica_id: str, model: str) -> Group:
-        return Group(
-            replica_id,
-            self.config.model_named(model).tensor_parallel,
-            self.desired.facts[model].rank_memory,
-        )
-
-    def _ranks_wanted(self, node: Node) -> int:
-        """Ranks that will share the node's cores when all is up, were the wanted replicas spread evenly."""
-        ranks = sum(m.tensor_parallel * self.desired.replicas[m.name] for m in self.config.models)
-        return -(-ranks // max(1, len(self._nodes)))
-
     async def _drain(self, group: ReplicaGroup) -> None:
         group.enter(Phase.DRAINING)
         self._event("replica_draining", group)
         await self.routes.push(self.groups.values(), self.desired.replicas)  # the gateway learns it first
-        await self._bounded(group, group.links[0].drain())
+        await within(CALL_TIMEOUT, group.replica_id, group.links[0].drain())
 
     def _end(self, group: ReplicaGroup, orderly: bool) -> None:
         group.ending = asyncio.create_task(self._end_ranks(group, orderly))
@@ -193,19 +199,13 @@ class Controller:
     async def _end_ranks(self, group: ReplicaGroup, orderly: bool) -> None:
         await group.unwatch()
         if orderly and group.links:
-            await self._bounded(group, group.links[0].stop())
+            await within(CALL_TIMEOUT, group.replica_id, group.links[0].stop())
         kills = (link.kill(group.reports.get(rank, RankReport())) for rank, link in group.links.items())
         for result in await asyncio.gather(*kills, return_exceptions=True):
             if isinstance(result, BaseException):
                 log.warning("ending a rank of %s: %r", group.replica_id, result)
         await asyncio.to_thread(shutil.rmtree, group.spec.run_dir, True)
         self.wake()
-
-    async def _bounded(self, group: ReplicaGroup, call: object) -> None:
-        try:
-            await asyncio.wait_for(call, CALL_TIMEOUT)  # type: ignore[arg-type]
-        except Exception as error:  # a rank that does not answer is found and ended by its silence
-            log.warning("%s does not answer: %r", group.replica_id, error)
 
     def _note_ready(self, group: ReplicaGroup) -> None:
         if group.phase is Phase.READY and not group.announced:
@@ -235,7 +235,7 @@ class Controller:
         return before
 
     async def _check_room(self, desired: Desired) -> None:
-        self._nodes = await self._host.nodes() or self._nodes
+        await self._look_at_nodes()
         groups = [
             self._footprint(f"{name}-{i}", name)
             for name, count in desired.replicas.items()
@@ -250,7 +250,10 @@ class Controller:
 
     async def drain(self, replica_id: str) -> None:
         """Let a replica finish its streams and stop it; its model wants one replica less from now on."""
-        group = self._find(replica_id)
+        async with self._acting:
+            await self._drain_for_good(self._find(replica_id))
+
+    async def _drain_for_good(self, group: ReplicaGroup) -> None:
         model = group.spec.model
         if group.phase is Phase.DRAINING:
             return
@@ -264,10 +267,11 @@ class Controller:
 
     async def restart(self, replica_id: str) -> None:
         """Replace a replica: one that serves drains while its successor starts; any other is started again."""
-        group = self._find(replica_id)
-        if group.phase is Phase.READY:
-            await self._drain(group)
-        elif group.phase is Phase.FAILED:
+        async with self._acting:
+            group = self._find(replica_id)
+            if group.phase is Phase.READY:
+                await self._drain(group)
+        if group.phase is Phase.FAILED:
             group.failures = 0
         elif group.phase is Phase.STARTING:
             group.fault = "restarted by an operator"

@@ -19,5 +19,6 @@ async def run_controller(
     controller = Controller(folder, desired, host, gateway, run_root)
     if restarts:
         controller.events.add("controller_restarted", f"start {restarts + 1}")
+    await controller.adopt()  # before anyone can ask: until then there seem to be no replicas
     server = asyncio.create_task(serve_admin(controller, restarts, first))
     await asyncio.gather(server, controller.run())

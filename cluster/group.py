@@ -65,6 +65,12 @@ class ReplicaGroup:
         for link in self.links.values():
             self._spawn(f"end {link.rank}", self._watch_end(link))
 
+    async def look(self) -> None:
+        """One report of each rank and one heartbeat, waited for: what a group that was adopted is doing."""
+        await asyncio.gather(*(self._report(link) for link in self.links.values()))
+        if self.address:
+            await self._beat()
+
     def probe(self, now: float) -> None:
         """Ask for what is due; answers arrive later."""
         if self.phase is Phase.FAILED:
@@ -119,7 +125,8 @@ class ReplicaGroup:
 
     async def _report(self, link: RankLink) -> None:
         try:
-            report = await asyncio.wait_for(link.report(), PROBE_TIMEOUT)
+            async with asyncio.timeout(PROBE_TIMEOUT):
+                report = await link.report()
         except Exception as error:  # its death is noticed elsewhere; a slow answer is no fault
             log.debug("rank %d of %s does not report: %r", link.rank, self.replica_id, error)
             return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
-from flm.cluster.config import ModelSection
+from flm.cluster.config import ClusterConfig, ModelSection
+from flm.cluster.placement import Group
 from flm.cluster.state import ModelFacts
 from flm.worker.rank import GroupSpec
 
@@ -17,9 +19,7 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         replica_id=replica_id,
         model=model.name,
         path=model.path,
-        device="cpu"
-        if model.device == "auto"
-        else model.device,  # check_device: there is no other backend yet
+        device="cpu" if model.device == "auto" else model.device,  # `unserved` refused what no backend runs
         tensor_parallel=model.tensor_parallel,
         quantization=model.quantization,
         kv_dtype=model.kv_cache.dtype,
@@ -28,6 +28,18 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         max_sequences=model.max_sequences,
         max_step_tokens=model.max_step_tokens,
         max_queue=model.max_queue,
+        hang_timeout=model.hang_timeout,
         threads=max(1, model.threads),
         run_dir=str(run_root / uuid.uuid4().hex[:8]),
     )
+
+
+def footprint(replica_id: str, model: ModelSection, facts: ModelFacts) -> Group:
+    """What a replica of the model takes of a node."""
+    return Group(replica_id, model.tensor_parallel, facts.rank_memory)
+
+
+def ranks_per_node(config: ClusterConfig, replicas: Mapping[str, int], nodes: int) -> int:
+    """Ranks that will share a node's cores when all is up, were the wanted replicas spread evenly."""
+    ranks = sum(m.tensor_parallel * replicas[m.name] for m in config.models)
+    return -(-ranks // max(1, nodes))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from flm.cluster.placement import Node
 from flm.cluster.router import ReplicaRoute
 from flm.worker.rank import GroupSpec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,12 @@ class GatewayLink(Protocol):
     async def stop(self, grace: float) -> None:
         """Refuse new requests, give running ones `grace` seconds."""
         ...
+
+
+async def within(seconds: float, name: str, call: Awaitable[None]) -> None:
+    """Wait for an order to a rank. One that fails or is not answered is logged: its silence is acted on elsewhere."""
+    try:
+        async with asyncio.timeout(seconds):
+            await call
+    except Exception as error:
+        log.warning("%s does not answer: %r", name, error)

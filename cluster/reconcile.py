@@ -13,7 +13,7 @@ from enum import Enum
 
 MAX_SILENCE = 10.0  # seconds without an answered heartbeat
 MIN_MISSED = 5  # and so many unanswered ones in a row: an observer that was held up itself proves nothing
-MAX_STUCK = 11.0  # seconds in one step; past the leader's own 10, which knows the rank to blame
+LEADER_FIRST = 1.0  # seconds that a leader gets past its own bound on a step, for it knows the rank to blame
 MAX_STARTING = 180.0  # seconds without progress while starting
 QUICK = 60.0  # a group that fails before it was ready for so long fails quickly
 MAX_QUICK = 5  # quick failures in a row before it is called failed for good and retried slowly
@@ -33,6 +33,7 @@ class ModelTarget:
     model: str
     replicas: int
     drain_timeout: float = 30.0  # seconds
+    hang_timeout: float = 10.0  # seconds in one engine step
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def count_failure(view: ReplicaView, now: float) -> int:
     return 1 if lasted else view.failures + 1
 
 
-def fault_of(view: ReplicaView) -> str:
+def fault_of(view: ReplicaView, hang_timeout: float = 10.0) -> str:
     """Why the group has to go, or "". Being busy is no fault: only silence, or a step that does not end."""
     if view.phase is Phase.FAILED:
         return ""
@@ -106,7 +107,7 @@ def fault_of(view: ReplicaView) -> str:
         return f"made no progress for {view.stalled:.0f} s" if view.stalled > MAX_STARTING else ""
     if view.silence > MAX_SILENCE and view.missed >= MIN_MISSED:
         return f"rank 0 has not answered for {view.silence:.0f} s"
-    return f"stuck in one step for {view.stuck:.0f} s" if view.stuck > MAX_STUCK else ""
+    return f"stuck in one step for {view.stuck:.0f} s" if view.stuck > hang_timeout + LEADER_FIRST else ""
 
 
 def reconcile(targets: Sequence[ModelTarget], replicas: Sequence[ReplicaView], now: float) -> list[Action]:
@@ -124,7 +125,7 @@ def _reconcile_model(target: ModelTarget, replicas: Sequence[ReplicaView], now: 
     counted = [r for r in replicas if r.phase is not Phase.DRAINING]
     surplus = sorted(counted, key=_dispensable)[: max(0, len(counted) - target.replicas)]
     for replica in replicas:
-        fault = fault_of(replica)
+        fault = fault_of(replica, target.hang_timeout)
         if replica.phase is Phase.DRAINING:
             yield from _end_of_drain(replica, fault, target.drain_timeout, now)
         elif replica in surplus:

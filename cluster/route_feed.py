@@ -36,7 +36,8 @@ class RouteFeed:
                     ReplicaRoute(group.replica_id, group.address, group.phase.value)
                 )
         try:
-            await asyncio.wait_for(self._push(routes, wanted), PUSH_TIMEOUT)
+            async with asyncio.timeout(PUSH_TIMEOUT):
+                await self._push(routes, wanted)
             self.ready, self.failure = True, ""
         except Exception as error:  # the gateway may be starting, or between two lives
             log.debug("routes not pushed: %r", error)

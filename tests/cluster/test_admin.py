@@ -47,6 +47,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     host = FakeHost()
     desired = Desired(text, "c.yaml", {"m": 1}, {"m": ModelFacts(1, 512)})
     controller = Controller(tmp_path, desired, host, FakeGatewayLink(), tmp_path / "run")
+    await controller.adopt()
     tasks = [asyncio.create_task(controller.run()), asyncio.create_task(serve_admin(controller, 3, 0.0))]
     with AdminClient(address, KEY, wait=5.0) as client:
         yield Served(address, controller, client, host)

@@ -38,8 +38,13 @@ class Bench:
 
     def start(self) -> Controller:
         self.controller = Controller(self.folder, self.desired, self.host, self.gateway, self.folder / "run")
-        self.task = asyncio.create_task(self.controller.run())
+        self.task = asyncio.create_task(self._run(self.controller))
         return self.controller
+
+    @staticmethod
+    async def _run(controller: Controller) -> None:
+        await controller.adopt()
+        await controller.run()
 
     async def kill(self) -> None:
         self.task.cancel()
@@ -165,6 +170,20 @@ async def test_a_new_controller_adopts_what_runs(bench: Bench) -> None:
     await bench.until(lambda: len(bench.gateway.routes["m"]) == 1)
     assert await bench.controller.scale("m", 2) == 1
     await bench.until(lambda: bench.routed("m-0", "m-1"))
+
+
+async def test_a_new_controller_keeps_the_replica_that_serves_and_its_routes(bench: Bench) -> None:
+    """Killed in the middle of a drain: the other replica is not the one to go, nor is it ever without a route."""
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    await bench.controller.drain("m-0")
+    await bench.kill()
+    serving = [link for link in bench.host.living() if link.spec.replica_id == "m-1"]
+    pushed = len(bench.gateway.history)
+    bench.start()
+    await bench.until(lambda: bench.phases() == {"m-1": "ready"})
+    assert all(link.alive for link in serving)
+    assert all("m-1" in routes for routes in bench.gateway.history[pushed:])
+    assert "replica_starting" not in bench.kinds()
 
 
 async def test_a_group_that_lost_a_rank_without_a_controller_is_started_anew(bench: Bench) -> None:

@@ -120,6 +120,7 @@ class FakeGatewayLink:
     pushes: int = 0
     stopped: bool = False
     routes: dict[str, dict[str, str]] = field(default_factory=dict)  # model → replica id → state
+    history: list[dict[str, str]] = field(default_factory=list)  # of all pushes
 
     def restart(self) -> None:
         self.lives += 1
@@ -131,6 +132,7 @@ class FakeGatewayLink:
     async def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int) -> None:
         self.pushes += 1
         self.routes[model] = {route.replica_id: route.state for route in routes}
+        self.history.append(self.routes[model])
 
     async def stop(self, grace: float) -> None:
         self.stopped = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 
 import grpc
 import grpc.aio
@@ -22,6 +22,7 @@ from flm.worker.errors import DeadlineExceeded
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 2.0
+MAX_COMMANDS = 4 << 20  # bytes of one message, unless a single request has more
 
 
 class Broken(Exception):
@@ -90,13 +91,31 @@ class _Call:
         try:
             while self.commands.generate or self.commands.cancel:
                 commands, self.commands = self.commands, flm_pb2.ReplicaCommands()
-                await self._call.write(commands)
+                for message in _split(commands):
+                    await self._call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
             return  # the call has ended; its reader knows why and tells the inboxes
 
 
+def _split(commands: flm_pb2.ReplicaCommands) -> Iterator[flm_pb2.ReplicaCommands]:
+    """The commands in messages that a replica takes; what is cancelled comes last, behind what is begun."""
+    if commands.ByteSize() <= MAX_COMMANDS:
+        yield commands
+        return
+    message, size = flm_pb2.ReplicaCommands(), 0
+    for request in commands.generate:
+        more = request.ByteSize()
+        if size and size + more > MAX_COMMANDS:
+            yield message
+            message, size = flm_pb2.ReplicaCommands(), 0
+        message.generate.append(request)
+        size += more
+    message.cancel.extend(commands.cancel)
+    yield message
+
+
 class ReplicaLink:
-    """ ""A channel to one replica and the call on it. `streams` counts who holds the link."""
+    """A channel to one replica and the call on it. `streams` counts who holds the link."""
 
     def __init__(self, view: ReplicaView) -> None:
         self.view = view
@@ -129,12 +148,12 @@ class ReplicaLink:
         return state is grpc.ChannelConnectivity.READY
 
     async def healthy(self) -> bool:
-        """Whether the replica answers that it is ready."""
+        """Whether the replica answers that it is ready; another one that has come to use its port does not count."""
         try:
             answer = await self._stub.Heartbeat(flm_pb2.HeartbeatRequest(), timeout=CONNECT_SECONDS)
         except grpc.aio.AioRpcError:
             return False
-        return answer.state == flm_pb2.REPLICA_STATE_READY
+        return bool(answer.replica_id == self.view.replica_id and answer.state == flm_pb2.REPLICA_STATE_READY)
 
     def open(self, request: flm_pb2.ReplicaGenerateRequest, deadline: float | None) -> Inbox:
         """Send a request. At `deadline` (loop time) its inbox fails with DeadlineExceeded."""

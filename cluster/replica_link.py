@@ -32,7 +32,16 @@ class Broken(Exception):
 class Inbox:
     """Frames of one request that its reader has not taken yet."""
 
-    __slots__ = ("_waiter", "deadline_timer", "error", "finished", "frames", "request_id")
+    __slots__ = (
+        "_arrived",
+        "_opened",
+        "_waiter",
+        "deadline_timer",
+        "error",
+        "finished",
+        "frames",
+        "request_id",
+    )
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
@@ -41,9 +50,12 @@ class Inbox:
         self.finished = False  # the replica has nothing more to say
         self.deadline_timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._opened: float | None = asyncio.get_running_loop().time()  # None once the first frame is taken
+        self._arrived = 0.0
 
     async def take(self) -> flm_pb2.ReplicaFrame:
-        """All that has arrived, as one frame. Raises Broken, or the FlmError that the request was refused with,
+        """All that has arrived, as one frame; the stream's first one has the seconds from the request to its arrival
+        as timings.prefill, where the replica gives none. Raises Broken, or the FlmError that the request was refused with,
         once there are no frames before it."""
         if not self.frames and self.error is None:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -55,7 +67,16 @@ class Inbox:
         first = frames[0]
         for frame in frames[1:]:
             first.MergeFrom(frame)
+        if self._opened is not None and not first.HasField("timings"):
+            first.timings.prefill = self._arrived - self._opened
+        self._opened = None
         return first
+
+    def put(self, frame: flm_pb2.ReplicaFrame) -> None:
+        if not self._arrived:
+            self._arrived = asyncio.get_running_loop().time()
+        self.frames.append(frame)
+        self.wake()
 
     def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -219,5 +240,4 @@ class ReplicaLink:
                 inbox.fail(from_status_bytes(frame.refusal))
                 continue
             inbox.finished = frame.finish_reason != flm_pb2.FINISH_REASON_UNSPECIFIED
-            inbox.frames.append(frame)
-            inbox.wake()
+            inbox.put(frame)

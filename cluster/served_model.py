@@ -9,6 +9,9 @@ from functools import lru_cache
 from flm.cluster.replicas import Replicas
 from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2
+from flm.worker.checkpoint import open_checkpoint
+from flm.worker.errors import CheckpointError
+from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
 
 
@@ -34,17 +37,21 @@ class LoadedModel:
         )
         self.replicas = Replicas(spec.name, on_change)
         self.wanted = 0
+        self._eos_token_ids = _eos_token_ids(spec.path, tokenizer)
         self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(self._token_text)
 
     def _token_text(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id], False)
+        """Of the token within a text: decode() takes the space from the front of a whole one."""
+        pieces = self.tokenizer.pieces
+        if pieces is None:
+            return self.tokenizer.decode([token_id], False)
+        return pieces[token_id].decode("utf-8", "replace")
 
     @property
     def ready(self) -> int:
         return self.replicas.router.num_ready
 
     def info(self) -> flm_pb2.ModelInfo:
-        eos = self.tokenizer.eos_token_id
         return flm_pb2.ModelInfo(
             name=self.spec.name,
             architecture=self.spec.architecture,
@@ -54,6 +61,14 @@ class LoadedModel:
             tensor_parallel=self.spec.tensor_parallel,
             ready_replicas=self.ready,
             wanted_replicas=self.wanted,
-            eos_token_ids=[] if eos is None else [eos],
+            eos_token_ids=self._eos_token_ids,
             has_chat_template=self.tokenizer.chat_template is not None,
         )
+
+
+def _eos_token_ids(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Those at which a worker ends a text: the checkpoint's, which may be more than the tokenizer's one."""
+    try:
+        return open_checkpoint(resolve_model_path(path)).config.eos_token_ids
+    except CheckpointError:  # its replicas say what is wrong with it, when they load
+        return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -68,9 +69,26 @@ async def test_stop_string_across_tokens(start_cluster: Start) -> None:
     assert frames[-1].stop_string == " 世界 "
     assert frames[-1].finish_reason == flm_pb2.FINISH_REASON_STOP
     assert frames[-1].usage.completion_tokens == len(tokens)
-    assert frames[-1].timings.decode > 0
+    timings = frames[-1].timings
+    assert min(timings.queue, timings.prefill, timings.decode) > 0
     await cluster.settled()
     assert len(cluster.seats[0].replica.cancelled) == 1
+
+
+async def test_waiting_for_a_replica_is_queueing(start_cluster: Start) -> None:
+    cluster = await start_cluster(0)
+    prompt = next(p for p in map(str, range(1000)) if _meets(p, " 世界 "))
+
+    async def generate() -> list[flm_pb2.GenerateFrame]:
+        async with AsyncClient(cluster.address) as client:
+            return [f async for f in client.generate(prompt, Sampling(temperature=0, stop=[" 世界 "]))]
+
+    running = asyncio.create_task(generate())
+    await asyncio.sleep(0.3)
+    await cluster.add()
+    timings = (await running)[-1].timings
+    assert timings.queue > 0.2
+    assert 0 < timings.prefill < 0.2
 
 
 def _meets(prompt: str, stop: str) -> bool:

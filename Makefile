@@ -58,7 +58,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . > /dev/null
 	$(BIN)/python .ci/check_wheel.py dist dist/wheel-check
 
-bench: $(VENV)/.demo .bench-venv/.ready
+bench: $(VENV)/.dev .bench-venv/.ready
 	$(BIN)/python benchmarks/compare.py --peer-python .bench-venv/bin/python
 	$(BIN)/python benchmarks/bench_gateway.py
 

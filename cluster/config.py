@@ -227,8 +227,14 @@ def _with_absolute_paths(config: ClusterConfig, folder: Path) -> ClusterConfig:
     def absolute(path: str) -> str:
         return path if path.startswith("package:") else str(folder / Path(path).expanduser())
 
-    models = [m.model_copy(update={"path": absolute(m.path)}) for m in config.models]
-    return config.model_copy(update={"models": models})
+    update: dict[str, Any] = {
+        "models": [m.model_copy(update={"path": absolute(m.path)}) for m in config.models]
+    }
+    if config.gateway.tls is not None:  # read by the gateway and by later commands, from other folders
+        files = {key: absolute(path) for key, path in config.gateway.tls}
+        tls = config.gateway.tls.model_copy(update=files)
+        update["gateway"] = config.gateway.model_copy(update={"tls": tls})
+    return config.model_copy(update=update)
 
 
 Found = TypeVar("Found", bound=Section)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -150,14 +151,20 @@ class Engine:
                 yield last
         finally:
             if last is None or last.finish_reason is None:
-                self.replica.cancel(request_id)
-                while events.get().finish_reason is None:
-                    pass
-            del self._queues[request_id]
+                self._abandon(request_id)
+            else:
+                del self._queues[request_id]
+
+    def _abandon(self, request_id: str) -> None:
+        """Cancel a request and wait for its last event, after which nothing of it is left."""
+        self.replica.cancel(request_id)
+        while self._queues[request_id].get().finish_reason is None:
+            pass
+        del self._queues[request_id]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Generate for one prompt, yielding the tokens of each step."""
-        return self.events(self.submit(prompt, params or SamplingParams()))
+        """Generate for one prompt, yielding the tokens of each step. It begins with the first event asked for."""
+        yield from self.events(self.submit(prompt, params or SamplingParams()))
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -170,9 +177,20 @@ class Engine:
             raise InvalidRequest(
                 "params", f"expected one, or {len(prompts)} as there are prompts, got {len(each)}"
             )
-        ids = [self.submit(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
         readable = any(isinstance(prompt, str) for prompt in prompts)
-        return [self._complete(list(self.events(request_id)), readable) for request_id in ids]
+        done: list[Completion] = []
+        waiting = deque(zip(prompts, each, strict=True))
+        running: deque[str] = deque()
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.spec.max_sequences + self.spec.max_queue:
+                    running.append(self.submit(*waiting.popleft()))
+                events = self.events(running.popleft())
+                done.append(self._complete(list(events), readable))
+        finally:
+            for request_id in running:  # only where one was refused: the others must not go on unread
+                self._abandon(request_id)
+        return done
 
     def _complete(self, events: list[TokenEvent], readable: bool) -> Completion:
         last, tokens = events[-1], tuple(token for event in events for token in event.token_ids)

@@ -45,6 +45,12 @@ class CheckpointError(FlmError):
         self.file = file
 
 
+class BackendUnavailable(FlmError):
+    """This machine lacks something the kernels need; the message says what to install."""
+
+    code = "FAILED_PRECONDITION"
+
+
 class DoesNotFit(FlmError):
     """The plan needs more memory, cores or devices than the hardware has."""
 

@@ -13,6 +13,7 @@ from typing import cast
 import numpy as np
 
 from flm.kernels.backend import Backend
+from flm.kernels.errors import KernelError
 from flm.worker.blocks import BlockPool
 from flm.worker.channel import (
     FollowerChannel,
@@ -23,7 +24,7 @@ from flm.worker.channel import (
 )
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.comm import Communicator, LocalCommunicator, SharedMemoryCommunicator
-from flm.worker.errors import DoesNotFit, FlmError, InvalidRequest
+from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InvalidRequest
 from flm.worker.limits import Limits
 from flm.worker.model import KV_DTYPES, Decoder, kv_blocks_for
 from flm.worker.paths import resolve_model_path
@@ -71,7 +72,10 @@ class Rank:
         self.checkpoint: Checkpoint = open_checkpoint(resolve_model_path(spec.path))
         self.shard = shard_spec(self.checkpoint, spec.tensor_parallel, self.rank, spec.quantization)
         self.max_context = _context(spec, self.checkpoint.config.max_position)
-        self.backend = open_backend(spec.device, spec.threads)
+        try:
+            self.backend = open_backend(spec.device, spec.threads)
+        except KernelError as error:  # no OpenMP, or more threads than numba was started with
+            raise BackendUnavailable(f"device {spec.device}: {error}") from error
         self.num_blocks = self._count_blocks()
         m = self.shard
         self._caches = [

@@ -148,6 +148,7 @@ class Replica:
             "replica failed: %s", self.failure, exc_info=error if not isinstance(error, FlmError) else None
         )
         self._end(self.failure, "failed")
+        self._channel.stop()  # followers that still wait for a plan need not wait for ever
 
     def _blame(self, error: Exception) -> str:
         """Name the rank: one that said why it left, else those missing in the collective."""

@@ -26,7 +26,7 @@ class FinishReason(Enum):
 class SamplingParams:
     """How the next token is drawn. Defaults are neutral: plain sampling from the model.
 
-    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch these filters off. Penalties are those of
+    temperature 0 is greedy, and so is all below 1e-5, where float32 logits cannot be divided. top_k 0, top_p 1 and min_p 0 switch these filters off. Penalties are those of
     the OpenAI API (presence, frequency) and of CTRL, arXiv:1909.05858 (repetition). `logprobs` None: none;
     k: the chosen token's and those of the k most likely tokens.
     """
@@ -64,7 +64,7 @@ _RANGES = (
     ("top_k", 0, 2**31 - 1, True),
     ("top_p", 0.0, 1.0, False),
     ("min_p", 0.0, 1.0, True),
-    ("repetition_penalty", 0.0, 100.0, False),
+    ("repetition_penalty", 0.01, 100.0, True),
     ("presence_penalty", -100.0, 100.0, True),
     ("frequency_penalty", -100.0, 100.0, True),
 )

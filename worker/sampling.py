@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from flm.kernels.backend import SamplingBatch
 from flm.worker.request import SamplingParams
 
+MIN_TEMPERATURE = 1e-5  # below, the most likely token has all of the probability in float32
 Ids = Sequence[int] | NDArray[np.int32]
 
 
@@ -74,7 +75,7 @@ class SamplingRow:
         self.params = params
         self.position = len(token_ids)  # index of the token to be drawn: the counter of its random number
         self.floats = (
-            params.temperature,
+            params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0,
             params.top_p,
             params.min_p,
             params.repetition_penalty,

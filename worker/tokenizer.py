@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
 from flm.worker.errors import CheckpointError, InvalidRequest
@@ -41,11 +43,31 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.pieces = token_bytes(inner)
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes that one token stands for, at most."""
+        return max(len(token.encode("utf-8")) for token in self.inner.get_vocab(with_added_tokens=True))
+
+    @cached_property
+    def special_tokens(self) -> dict[str, AddedToken]:
+        """Special tokens by how they are spelt."""
+        added = self.inner.get_added_tokens_decoder().values()
+        return {token.content: token for token in added if token.special and token.content}
+
+    @cached_property
+    def _plain(self) -> RustTokenizer:
+        """A copy that reads special tokens as text: the switch is the tokenizer's, and threads share that."""
+        plain = RustTokenizer.from_str(self.inner.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    def encode(self, text: str, add_special: bool = True, *, parse_special: bool = True) -> list[int]:
         """Token ids. add_special adds what the model wants around a text (often a beginning-of-sequence token);
-        leave it out for texts made by a chat template. Raises InvalidRequest for lone surrogates."""
+        leave it out for texts made by a chat template. Without parse_special, special tokens that are spelt out are
+        text like any other. Raises InvalidRequest for lone surrogates."""
+        inner = self.inner if parse_special else self._plain
         try:
-            return list(self.inner.encode(text, add_special_tokens=add_special).ids)
+            return list(inner.encode(text, add_special_tokens=add_special).ids)
         except (UnicodeError, TypeError) as error:
             raise InvalidRequest("prompt", f"valid Unicode text expected: {error}") from error
 

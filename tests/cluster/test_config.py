@@ -49,6 +49,15 @@ def test_relative_paths_start_at_the_files_folder(tmp_path: Path) -> None:
     assert load_config(file).models[0].path == str(tmp_path / "models/x")
 
 
+def test_relative_key_files_start_there_too(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    listen = "gateway: {listen: 127.0.0.1:50051, tls: {cert_file: a.pem, key_file: keys/b.pem}}"
+    file.write_text(GOOD.replace("gateway: {listen: 127.0.0.1:50051}", listen))
+    tls = load_config(file).gateway.tls
+    assert tls is not None
+    assert (tls.cert_file, tls.key_file) == (str(tmp_path / "a.pem"), str(tmp_path / "keys/b.pem"))
+
+
 MISTAKES = [
     (GOOD + "colour: red\n", 6, "colour", "unknown key; expected one of name, ray, gateway"),
     (model("dtype: 1"), 6, "models[0].dtype", "unknown key; expected one of name, path"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flm.worker import Engine, FinishReason, SamplingParams
-from flm.worker.errors import DoesNotFit, InvalidRequest
+from flm.worker.errors import BackendUnavailable, DoesNotFit, InvalidRequest
 
 DATA = Path(__file__).parent.parent / "data"
 GOLDEN = ["llama2", "llama31", "llama_linear", "internlm1_as_llama"]
@@ -121,6 +121,45 @@ def test_a_stream_left_early_is_cancelled_and_frees_its_blocks(smollm2: Engine) 
     assert (load.running, load.waiting) == (0, 0)
     assert load.blocks_free + load.blocks_cached == load.blocks_total
     smollm2.replica.check()
+
+
+def test_more_prompts_than_the_queue_holds_are_all_answered() -> None:
+    with tiny("llama2", max_queue=2) as engine:
+        done = engine.generate([[3, n] for n in range(4, 44)], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert [len(completion.token_ids) for completion in done] == [3] * 40
+
+
+def test_a_refused_prompt_leaves_nothing_of_the_others() -> None:
+    with tiny("llama2") as engine:
+        with pytest.raises(InvalidRequest, match="no room"):
+            engine.generate([[3, 4], [5, 6], [7] * engine.max_context], SamplingParams(max_tokens=50))
+        load = engine.replica.load()
+        assert (load.running, load.waiting) == (0, 0)
+        assert not engine._queues
+        engine.replica.check()
+
+
+def test_a_temperature_too_small_for_float32_is_greedy() -> None:
+    with tiny("llama2") as engine:
+        cold, greedy = (
+            engine.generate([[3, 4, 5]], SamplingParams(max_tokens=20, temperature=t, ignore_eos=True))[
+                0
+            ].token_ids
+            for t in (1e-9, 0.0)
+        )
+    assert cold == greedy
+
+
+def test_missing_openmp_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flm.kernels.cpu import configure
+    from flm.kernels.errors import OpenMPMissing
+
+    def missing(numba: object) -> None:
+        raise OpenMPMissing("which cannot be loaded")
+
+    monkeypatch.setattr(configure, "_require_openmp", missing)
+    with pytest.raises(BackendUnavailable, match="libgomp1"):
+        tiny("llama2")
 
 
 def test_eager_and_captured_steps_agree() -> None:

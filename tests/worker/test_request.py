@@ -24,7 +24,7 @@ from flm.worker.request import MAX_LOGPROBS, Request, SamplingParams
         ("top_p", 0.0, "(0.0, 1.0]"),
         ("top_p", 1.01, "(0.0, 1.0]"),
         ("min_p", -0.5, "[0.0, 1.0]"),
-        ("repetition_penalty", 0.0, "(0.0, 100.0]"),
+        ("repetition_penalty", 0.0, "[0.01, 100.0]"),
         ("presence_penalty", math.nan, "[-100.0, 100.0]"),
         ("frequency_penalty", 101, "[-100.0, 100.0]"),
         ("seed", -1, "64-bit"),

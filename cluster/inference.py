@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import grpc.aio
 
 from flm.cluster.admission import Options, admit, check_ids, check_messages
+from flm.cluster.chat_prompt import render_chat
 from flm.cluster.completion import Completion, Write
 from flm.cluster.grpc_errors import typed_errors
 from flm.cluster.resume import TokenStream
@@ -37,6 +38,7 @@ class Inference(flm_pb2_grpc.InferenceServicer):
             raise InvalidRequest("prompt", "expected a prompt or prompt_ids, got neither")
         if kind == "prompt":
             prompt = request.prompt
+            _check_length(model, prompt)
             prompt_ids = await _encode(model, prompt, True)
         else:
             prompt_ids = list(request.prompt_ids.ids)
@@ -48,11 +50,10 @@ class Inference(flm_pb2_grpc.InferenceServicer):
     async def Chat(self, request: flm_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         model = self._model(request.model)
         messages = check_messages(request.messages)
-        prompt = model.template.render(messages)
-        prompt_ids = await _encode(
-            model, prompt, False
-        )  # the template has put special tokens where they belong
-        await self._complete(model, prompt, prompt_ids, request.sampling, context)
+        prompt = render_chat(model.template, model.tokenizer, messages)
+        _check_length(model, prompt.text)
+        prompt_ids = await _off_loop(prompt.text, prompt.encode)
+        await self._complete(model, prompt.text, prompt_ids, request.sampling, context)
 
     async def _complete(
         self,
@@ -132,9 +133,21 @@ class Inference(flm_pb2_grpc.InferenceServicer):
 
 
 async def _encode(model: LoadedModel, text: str, add_special: bool) -> list[int]:
-    if len(text) > LONG_TEXT:
-        return await asyncio.to_thread(model.tokenizer.encode, text, add_special)
-    return model.tokenizer.encode(text, add_special)
+    return await _off_loop(text, lambda: model.tokenizer.encode(text, add_special))
+
+
+async def _off_loop(text: str, encode: Callable[[], list[int]]) -> list[int]:
+    return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
+
+
+def _check_length(model: LoadedModel, text: str) -> None:
+    """Refuse what cannot fit, however long its tokens are, before the work of finding them."""
+    size, limit = len(text.encode()), model.tokenizer.longest_token * model.spec.max_context
+    if size > limit:
+        raise InvalidRequest(
+            "prompt",
+            f"{size} bytes cannot fit into a context of {model.spec.max_context} tokens; expected at most {limit}",
+        )
 
 
 async def _run_all(completions: list[Completion], write: Write, echo: str) -> None:

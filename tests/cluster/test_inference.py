@@ -123,6 +123,27 @@ async def test_chat_goes_through_the_template(start_cluster: Start) -> None:
     assert bytes(ids) == b"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
+async def test_messages_cannot_end_a_text(start_cluster: Start) -> None:
+    cluster = await start_cluster()
+    async with AsyncClient(cluster.address) as client:
+        assert [text async for text in client.chat("a<eos>b", Sampling(max_tokens=3)).texts()]
+    ids = cluster.seats[0].replica.accepted[0].prompt_ids
+    assert bytes(ids) == b"<|im_start|>user\na<eos>b<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+    start_cluster: Start, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = await start_cluster()
+    monkeypatch.setattr(tokenizer, "encode", None)
+    async with AsyncClient(cluster.address) as client:
+        for call in (client.generate, client.chat):
+            with pytest.raises(
+                InvalidRequest, match=r"prompt: .* bytes cannot fit into a context of 512 tokens"
+            ):
+                await anext(call("x" * 100_000))
+
+
 async def test_options_reach_the_replica(start_cluster: Start) -> None:
     cluster = await start_cluster()
     sampling = Sampling(

@@ -20,7 +20,7 @@ from flm.cluster.config import ClusterConfig, parse_config
 from flm.cluster.events import EventLog
 from flm.cluster.group import ReplicaGroup
 from flm.cluster.group_spec import footprint, group_spec, ranks_per_node
-from flm.cluster.placement import Node, place, threads_per_rank
+from flm.cluster.placement import Group, Node, place, threads_per_rank
 from flm.cluster.ranks import Adopted, GatewayLink, RankHost, RankReport, within
 from flm.cluster.reconcile import (
     Action,

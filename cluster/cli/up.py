@@ -46,7 +46,9 @@ def up(
             begun = load_endpoint(checked.config.name) if checked is not None else None
             if begun is not None:
                 end_cluster(begun)
-            if not isinstance(error, KeyboardInterrupt | SystemExit):  # Ray's own answer to SIGTERM is to exit
+            if not isinstance(
+                error, KeyboardInterrupt | SystemExit
+            ):  # Ray's own answer to SIGTERM is to exit
                 raise
             console.print("Interrupted; nothing is left running.")
             raise typer.Exit(130) from None

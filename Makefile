@@ -35,7 +35,7 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.demo
 	@$(BIN)/flm-cluster status --cluster demo > /dev/null 2>&1 || $(BIN)/flm-cluster up $(DEMO) --detach
 	@echo '> $(QUESTION)'
-	@$(BIN)/flm-cluster chat --cluster demo --stats --max-tokens 128 '$(QUESTION)'
+	@$(BIN)/flm-cluster chat --cluster demo --stats --temperature 0 --max-tokens 128 '$(QUESTION)'
 	@echo
 	@$(BIN)/flm-cluster status --cluster demo
 	@echo 'Talk to it: $(BIN)/flm-cluster chat        Stop it: $(BIN)/flm-cluster down --cluster demo'

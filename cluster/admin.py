@@ -98,7 +98,7 @@ class Admin(flm_pb2_grpc.AdminServicer):
     async def Shutdown(
         self, request: flm_pb2.ShutdownRequest, context: grpc.aio.ServicerContext
     ) -> flm_pb2.ShutdownResponse:
-        await self._controller.shutdown()
+        await self._controller.shutdown(request.drain_timeout if request.HasField("drain_timeout") else None)
         return flm_pb2.ShutdownResponse()
 
     def _model(self, model: str) -> flm_pb2.ModelStatus:

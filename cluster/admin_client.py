@@ -47,9 +47,10 @@ class AdminClient:
     def restart(self, replica_id: str) -> None:
         self._call(self._stub.RestartReplica, flm_pb2.RestartReplicaRequest(replica_id=replica_id))
 
-    def shutdown(self, timeout: float) -> None:
-        """Returns once no rank is left."""
-        self._call(self._stub.Shutdown, flm_pb2.ShutdownRequest(), timeout)
+    def shutdown(self, drain_timeout: float | None = None, timeout: float | None = None) -> None:
+        """Returns once no rank is left. drain_timeout: seconds for streams to finish, None: the models' own; timeout:
+        of the call."""
+        self._call(self._stub.Shutdown, flm_pb2.ShutdownRequest(drain_timeout=drain_timeout), timeout)
 
     def events(self, replay: bool) -> Iterator[flm_pb2.Event]:
         """Until the controller ends."""

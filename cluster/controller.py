@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from flm.cluster.config import ClusterConfig, parse_config
+from flm.cluster.config import ClusterConfig, ModelSection, parse_config
 from flm.cluster.events import EventLog
 from flm.cluster.group import ReplicaGroup
 from flm.cluster.group_spec import footprint, group_spec, ranks_per_node
@@ -65,6 +65,7 @@ class Controller:
         self._gateway = gateway
         self._ending: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
+        self._grace: float | None = None  # of a shutdown, in place of the models' drain_timeout
         self._acting = asyncio.Lock()  # actions wait for ranks, and must not meet an operator's half-way
         self._nodes: list[Node] = []
 
@@ -80,8 +81,7 @@ class Controller:
             self._woken.clear()
 
     async def adopt(self) -> None:
-        """Take over the groups that an earlier controller started, and learn what each of them is doing: a group that
-        seemed to be starting would be the first to go, and its routes would be withdrawn."""
+        """Take over the groups that run, and learn what each is doing: one that seemed to start would be the first to go."""
         for found in await self._host.adopt():
             spec, ranks = found.spec, len(found.links)
             known = spec.model in self.desired.replicas and spec.replica_id not in self.groups
@@ -99,18 +99,13 @@ class Controller:
             self._note_ready(group)
             group.probe(now)
         async with self._acting:
-            targets = [
-                ModelTarget(m.name, self.desired.replicas[m.name], m.drain_timeout, m.hang_timeout)
-                for m in self.config.models
-            ]
-            for action in reconcile(targets, [g.view(now) for g in self.groups.values()], now):
+            for action in reconcile(self._targets(), [g.view(now) for g in self.groups.values()], now):
                 await self._carry_out(action, now)
         await self.routes.push(self.groups.values(), self.desired.replicas)
 
     def wake(self) -> None:
         self._woken.set()
 
-    # ------------------------------------------------------------------------------------------- actions
     async def _carry_out(self, action: Action, now: float) -> None:
         match action:
             case StartReplica(replica_id, model):
@@ -227,8 +222,7 @@ class Controller:
         bounds = self.config.model_named(model).replicas
         if not bounds.min <= replicas <= bounds.max:
             raise InvalidRequest("replicas", f"expected {bounds.min} to {bounds.max}, got {replicas}")
-        before = self.desired.replicas[model]
-        if replicas > before:
+        if replicas > (before := self.desired.replicas[model]):
             await self._check_room(self.desired.scaled(model, replicas))
         self._want(self.desired.scaled(model, replicas))
         self.events.add("scaled", f"from {before} to {replicas}", model=model)
@@ -289,12 +283,18 @@ class Controller:
             raise NotFound(f"replica {replica_id!r} does not exist; replicas: {known}")
         return self.groups[replica_id]
 
-    async def shutdown(self) -> None:
+    def _targets(self) -> list[ModelTarget]:
+        want, models = self.desired.replicas, self.config.models
+        return [ModelTarget(m.name, want[m.name], self._drain_timeout(m), m.hang_timeout) for m in models]
+
+    def _drain_timeout(self, model: ModelSection) -> float:
+        return model.drain_timeout if self._grace is None else self._grace
+
+    async def shutdown(self, drain_timeout: float | None = None) -> None:
         """Drain all replicas, stop the gateway; returns when no rank is left."""
-        self.events.add("shutting_down")
+        self._grace = drain_timeout
         self._want(replace(self.desired, replicas=dict.fromkeys(self.desired.replicas, 0)))
-        grace = max(model.drain_timeout for model in self.config.models)
-        closing = asyncio.create_task(self._gateway.stop(grace))
+        closing = asyncio.create_task(self._gateway.stop(max(map(self._drain_timeout, self.config.models))))
         while self.groups or self._ending:
             await asyncio.sleep(0.05)
         await asyncio.wait({closing}, timeout=CALL_TIMEOUT)

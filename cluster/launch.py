@@ -201,10 +201,10 @@ def end_cluster(endpoint: Endpoint) -> None:
     forget(endpoint.name)
 
 
-def drain_cluster(endpoint: Endpoint, timeout: float) -> None:
-    """Let all streams finish, at most `timeout` seconds. Unavailable where the controller does not answer."""
+def drain_cluster(endpoint: Endpoint, timeout: float | None) -> None:
+    """Let all streams finish, at most `timeout` seconds, None: as long as their models' drain_timeout. Unavailable where the controller does not answer."""
     with AdminClient(endpoint.admin, endpoint.admin_key) as client:
-        client.shutdown(timeout + STOP_SECONDS)
+        client.shutdown(timeout, None if timeout is None else timeout + STOP_SECONDS)
 
 
 def head_of(endpoint: Endpoint) -> RayHead | None:

@@ -376,8 +376,10 @@ class RestartReplicaResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ShutdownRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("drain_timeout",)
+    DRAIN_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    drain_timeout: float
+    def __init__(self, drain_timeout: _Optional[float] = ...) -> None: ...
 
 class ShutdownResponse(_message.Message):
     __slots__ = ()

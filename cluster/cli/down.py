@@ -11,7 +11,10 @@ from flm.cluster.cli.options import ClusterOption
 
 def down(
     cluster: ClusterOption = "",
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds that running streams get to finish.")] = 30.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds for running streams; default: each model's drain_timeout."),
+    ] = None,
 ) -> None:
     """Drain the cluster's replicas and stop everything that `up` started."""
     from flm.cluster.launch import drain_cluster, end_cluster

@@ -114,7 +114,7 @@ async def test_operators_need_their_key_and_probes_do_not(served: Served) -> Non
 
 async def test_shutdown_answers_once_nothing_is_left(served: Served) -> None:
     await served.ready()
-    await asyncio.to_thread(served.client.shutdown, 10.0)
+    await asyncio.to_thread(served.client.shutdown, 1.0, 10.0)
     assert served.host.living() == []
 
 

@@ -79,7 +79,7 @@ class Metronome:
 
 def replica_process(pipe: Connection, steps_per_second: float) -> None:
     async def run() -> None:
-        server = ReplicaServer(Metronome(steps_per_second), "r-0")  # type: ignore[arg-type]
+        server = ReplicaServer(Metronome(steps_per_second), "r-0", "key")  # type: ignore[arg-type]
         pipe.send(await server.start())
         await report_cpu(pipe)
         await server.stop()
@@ -89,7 +89,7 @@ def replica_process(pipe: Connection, steps_per_second: float) -> None:
 
 def gateway_process(pipe: Connection, replica: str) -> None:
     async def run() -> None:
-        gateway = Gateway([ServedModel("m", MODEL, 1 << 20)], "127.0.0.1:0")
+        gateway = Gateway([ServedModel("m", MODEL, 1 << 20)], "127.0.0.1:0", replica_key="key")
         address = await gateway.start()
         gateway.set_routes("m", [ReplicaRoute("r-0", replica)])
         pipe.send(address)

@@ -87,8 +87,8 @@ def _named(actor: Any, name: str, **options: Any) -> Any:
 class RankActor:
     """One rank."""
 
-    def __init__(self, spec: GroupSpec, rank: int) -> None:
-        self._process = RankProcess(spec, rank, ray.util.get_node_ip_address())
+    def __init__(self, spec: GroupSpec, rank: int, key: str) -> None:
+        self._process = RankProcess(spec, rank, ray.util.get_node_ip_address(), key)
 
     async def identity(self) -> tuple[GroupSpec, str]:
         return self._process.spec, ray.get_runtime_context().get_node_id()
@@ -185,7 +185,7 @@ class RayHost:
     """A RankHost."""
 
     def __init__(self, spec: ClusterSpec) -> None:
-        self._namespace = spec.namespace
+        self._namespace, self._key = spec.namespace, spec.desired.replica_key
 
     async def nodes(self) -> list[Node]:
         return await asyncio.to_thread(ray_nodes)
@@ -197,7 +197,7 @@ class RayHost:
             "max_restarts": 0,
         }
         name = f"{RANK}/{Path(spec.run_dir).name}/{rank}"
-        return RayRank(rank, _named(RankActor, name, **options).remote(spec, rank))
+        return RayRank(rank, _named(RankActor, name, **options).remote(spec, rank, self._key))
 
     async def adopt(self) -> list[Adopted]:
         names = await asyncio.to_thread(ray.util.list_named_actors)

@@ -9,7 +9,7 @@ from typing import Any, Self
 import grpc
 
 from flm.cluster.grpc_errors import from_rpc_error
-from flm.cluster.listen import CHANNEL_OPTIONS
+from flm.cluster.listen import CHANNEL_OPTIONS, bearer
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import Unavailable
 
@@ -21,7 +21,7 @@ class AdminClient:
 
     def __init__(self, address: str, api_key: str = "", wait: float = WAIT) -> None:
         self._address, self._wait = address, wait
-        self._metadata = [("authorization", f"Bearer {api_key}")] if api_key else None
+        self._metadata = bearer(api_key)
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = flm_pb2_grpc.AdminStub(self._channel)
 

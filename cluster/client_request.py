@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2
 
+from flm.cluster.listen import bearer
 from flm.proto import flm_pb2
 from flm.worker.errors import ConfigError, InvalidRequest
 
@@ -42,7 +43,7 @@ class Endpoint:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+        return bearer(self.api_key)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """None: no TLS. ConfigError where the file cannot be read."""

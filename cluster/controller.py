@@ -134,7 +134,8 @@ class Controller:
         try:
             node = self._place(replica_id, model)
         except DoesNotFit as error:
-            group = ReplicaGroup(spec, "", {}, self.wake, message=str(error), failures=NO_PLACE)
+            group = ReplicaGroup(spec, "", {}, self.wake, self.desired.replica_key)
+            group.message, group.failures = str(error), NO_PLACE
             group.enter(Phase.FAILED)
             if before is None or before.message != group.message:
                 self._event("replica_unplaced", group, str(error))
@@ -150,11 +151,8 @@ class Controller:
         links = {rank: self._host.launch(spec, rank, node) for rank in range(spec.tensor_parallel)}
         group = self._take(Adopted(spec, node.node_id, links))
         if before is not None:
-            group.restarts, group.failures, group.message = (
-                before.restarts + 1,
-                before.failures,
-                before.message,
-            )
+            group.restarts, group.failures = before.restarts + 1, before.failures
+            group.message = before.message
         self._event("replica_starting", group, f"on {node.name}, {spec.threads} threads per rank")
 
     async def _look_at_nodes(self) -> None:
@@ -164,7 +162,7 @@ class Controller:
                 self._nodes = await self._host.nodes() or self._nodes
 
     def _take(self, found: Adopted) -> ReplicaGroup:
-        group = ReplicaGroup(found.spec, found.node_id, found.links, self.wake)
+        group = ReplicaGroup(found.spec, found.node_id, found.links, self.wake, self.desired.replica_key)
         group.watch()
         self.groups[group.replica_id] = group
         return group

@@ -47,18 +47,20 @@ class Gateway:
         models: Sequence[ServedModel],
         listen: str,
         *,
+        replica_key: str = "",
         api_keys: Sequence[str] = (),
         tls: Tls | None = None,
         replica_wait: float = 30.0,
         load: Callable[[str], Tokenizer] = read_tokenizer,
     ) -> None:
         """`listen` is host:port (port 0 takes a free one). `replica_wait`: seconds that a request without a
-        deadline waits for a ready replica. `load` reads a tokenizer from a model's path."""
+        deadline waits for a ready replica. `replica_key`: what replicas ask for; they refuse a gateway without it. `load` reads a tokenizer from a model's path."""
         names = [model.name for model in models]
         if len(set(names)) < len(names):
             raise ConfigError(f"expected different names, got {', '.join(names)}", field="models.name")
         self._specs = tuple(models)
         self._listen, self._tls, self._api_keys = listen, tls, tuple(api_keys)
+        self._replica_key = replica_key
         self._load = load
         self._models: dict[str, LoadedModel] = {}
         self._inference = Inference(self._models, replica_wait)
@@ -88,7 +90,9 @@ class Gateway:
 
     async def _add(self, spec: ServedModel) -> None:
         tokenizer = await asyncio.to_thread(self._load, spec.path)
-        self._models[spec.name] = LoadedModel(spec, tokenizer, partial(self._publish, spec.name))
+        self._models[spec.name] = LoadedModel(
+            spec, tokenizer, partial(self._publish, spec.name), self._replica_key
+        )
         await self._health.set(spec.name, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self, grace: float = 5.0) -> None:

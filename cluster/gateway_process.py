@@ -32,7 +32,7 @@ class GatewayProcess:
             )
             for m in config.models
         ]
-        self._section, self._models = config.gateway, models
+        self._section, self._models, self._replica_key = config.gateway, models, desired.replica_key
         self._incarnation = uuid.uuid4().hex
         self._gateway: Gateway | None = None
         self._failure = ""
@@ -50,7 +50,13 @@ class GatewayProcess:
         section = self._section.tls
         tls = Tls(section.cert_file, section.key_file) if section is not None else None
         for _ in range(BIND_ATTEMPTS):
-            gateway = Gateway(self._models, self._section.listen, api_keys=self._section.api_keys, tls=tls)
+            gateway = Gateway(
+                self._models,
+                self._section.listen,
+                replica_key=self._replica_key,
+                api_keys=self._section.api_keys,
+                tls=tls,
+            )
             try:
                 await gateway.start()
                 return gateway

@@ -17,6 +17,7 @@ import grpc.aio
 from flm.cluster.listen import CHANNEL_OPTIONS
 from flm.cluster.ranks import RankLink, RankReport
 from flm.cluster.reconcile import Phase, ReplicaView
+from flm.cluster.replica_messages import call_metadata
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.rank import GroupSpec
 
@@ -29,12 +30,13 @@ IDLE_LOOKS = 2  # heartbeats without a request, in a row, before a draining grou
 
 @dataclass(eq=False)
 class ReplicaGroup:
-    """`wake` is called when something happened that should not wait for the next look."""
+    """`wake` is called when something happened that should not wait for the next look; `key` is the cluster's."""
 
     spec: GroupSpec
     node_id: str
     links: dict[int, RankLink]
     wake: Callable[[], None]
+    key: str = field(repr=False)
     phase: Phase = Phase.STARTING
     since: float = field(default_factory=time.monotonic)
     created: float = field(default_factory=time.monotonic)
@@ -147,7 +149,11 @@ class ReplicaGroup:
             self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
         stub = flm_pb2_grpc.ReplicaStub(self._channel)
         try:
-            beat = await stub.Heartbeat(flm_pb2.HeartbeatRequest(), timeout=PROBE_TIMEOUT)
+            beat = await stub.Heartbeat(
+                flm_pb2.HeartbeatRequest(),
+                timeout=PROBE_TIMEOUT,
+                metadata=call_metadata(self.key, self.replica_id),
+            )
         except grpc.aio.AioRpcError as error:
             self.missed += 1
             log.debug("no heartbeat from %s: %s", self.replica_id, error.code())

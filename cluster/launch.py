@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -154,7 +155,7 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         namespace=f"flm-{name}-{run_id}",
         folder=str(state_dir(name) / run_id),
         run_root=f"{_shared_memory()}/flm-run-{run_id}",
-        desired=Desired(checked.text, checked.file, replicas, facts_of(plan)),
+        desired=Desired(checked.text, checked.file, replicas, facts_of(plan), secrets.token_urlsafe(32)),
     )
     endpoint = Endpoint(
         name=name,

@@ -52,6 +52,11 @@ class Tls:
         return grpc.ssl_server_credentials([(parts[0], parts[1])])
 
 
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    """Metadata of a call that carries `key`; none without one."""
+    return (("authorization", f"Bearer {key}"),) if key else ()
+
+
 class KeyCheck(grpc.aio.ServerInterceptor):
     """Lets calls pass that carry `authorization: Bearer <one of the keys>`, and health probes."""
 
@@ -63,7 +68,7 @@ class KeyCheck(grpc.aio.ServerInterceptor):
     ) -> Any:
         if details.method.startswith(_HEALTH) or self._allowed(details.invocation_metadata):
             return await continuation(details)
-        return grpc.unary_unary_rpc_method_handler(_refuse)
+        return grpc.stream_stream_rpc_method_handler(_refuse)  # of any call, before its first message
 
     def _allowed(self, metadata: Any) -> bool:
         given = next((value for key, value in metadata if key == "authorization"), "")
@@ -71,7 +76,7 @@ class KeyCheck(grpc.aio.ServerInterceptor):
         return any(hmac.compare_digest(data, key) for key in self._keys)
 
 
-async def _refuse(request: Any, context: grpc.aio.ServicerContext) -> None:
+async def _refuse(requests: Any, context: grpc.aio.ServicerContext) -> None:
     await abort(
         context, Unauthenticated("expected metadata `authorization: Bearer <api key>` with a known key")
     )

@@ -39,9 +39,11 @@ class ServedRank(Protocol):
 class RankProcess:
     """Belongs to one event loop; blocking work happens on threads."""
 
-    def __init__(self, spec: GroupSpec, rank: int, host: str, served: ServedRank | None = None) -> None:
-        """`host` is the address of this node that other nodes can reach."""
-        self.spec, self.rank, self._host, self._served = spec, rank, host, served
+    def __init__(
+        self, spec: GroupSpec, rank: int, host: str, key: str, served: ServedRank | None = None
+    ) -> None:
+        """`host` is the address of this node that other nodes can reach, `key` what rank 0's port asks for."""
+        self.spec, self.rank, self._host, self._key, self._served = spec, rank, host, key, served
         self._phase, self._fraction, self._address = "starting", 0.0, ""
         self._end: asyncio.Future[str] | None = None
 
@@ -102,7 +104,7 @@ class RankProcess:
     async def _lead(self, replica: Any) -> None:
         from flm.cluster.replica_service import ReplicaServer  # followers need no gRPC
 
-        server = ReplicaServer(replica, self.spec.replica_id, f"{self._host}:0")
+        server = ReplicaServer(replica, self.spec.replica_id, self._key, f"{self._host}:0")
         try:
             self._address = await server.start()
             self._phase = "ready"

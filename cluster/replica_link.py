@@ -13,11 +13,12 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 import grpc
 import grpc.aio
 
-from flm.cluster.grpc_errors import from_status_bytes
+from flm.cluster.grpc_errors import DETAILS_KEY, from_rpc_error, from_status_bytes
 from flm.cluster.listen import CHANNEL_OPTIONS
+from flm.cluster.replica_messages import call_metadata
 from flm.cluster.router import ReplicaView
 from flm.proto import flm_pb2, flm_pb2_grpc
-from flm.worker.errors import DeadlineExceeded
+from flm.worker.errors import DeadlineExceeded, Unauthenticated, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -135,11 +136,20 @@ def _split(commands: flm_pb2.ReplicaCommands) -> Iterator[flm_pb2.ReplicaCommand
     yield message
 
 
-class ReplicaLink:
-    """A channel to one replica and the call on it. `streams` counts who holds the link."""
+def _failure(error: grpc.aio.AioRpcError) -> Exception:
+    """What a call's end means to its streams: Unavailable where it was refused before anything could begin on it."""
+    ours = any(key == DETAILS_KEY for key, _ in error.trailing_metadata() or ())
+    if ours and isinstance(from_rpc_error(error), Unauthenticated | Unavailable):
+        return Unavailable(f"{error.details()}")
+    return Broken(f"{error.code().name}: {error.details()}")
 
-    def __init__(self, view: ReplicaView) -> None:
+
+class ReplicaLink:
+    """A channel to one replica and the call on it. `streams` counts who holds the link; `key` is the cluster's."""
+
+    def __init__(self, view: ReplicaView, key: str) -> None:
         self.view = view
+        self._metadata = call_metadata(key, view.replica_id)
         self.streams = 0
         self.retired = False  # the controller no longer names this replica; close after the last stream
         self.probe: asyncio.Task[None] | None = None
@@ -169,12 +179,14 @@ class ReplicaLink:
         return state is grpc.ChannelConnectivity.READY
 
     async def healthy(self) -> bool:
-        """Whether the replica answers that it is ready; another one that has come to use its port does not count."""
+        """Whether the replica answers that it is ready; another one that has come to use its port refuses."""
         try:
-            answer = await self._stub.Heartbeat(flm_pb2.HeartbeatRequest(), timeout=CONNECT_SECONDS)
+            answer = await self._stub.Heartbeat(
+                flm_pb2.HeartbeatRequest(), timeout=CONNECT_SECONDS, metadata=self._metadata
+            )
         except grpc.aio.AioRpcError:
             return False
-        return bool(answer.replica_id == self.view.replica_id and answer.state == flm_pb2.REPLICA_STATE_READY)
+        return bool(answer.state == flm_pb2.REPLICA_STATE_READY)
 
     def open(self, request: flm_pb2.ReplicaGenerateRequest, deadline: float | None) -> Inbox:
         """Send a request. At `deadline` (loop time) its inbox fails with DeadlineExceeded."""
@@ -210,24 +222,24 @@ class ReplicaLink:
 
     def _current_call(self) -> _Call:
         if self._call is None or self._call.reader.done():
-            self._call = _Call(self._stub.Generate(), self._read)
+            self._call = _Call(self._stub.Generate(metadata=self._metadata), self._read)
         return self._call
 
     async def _read(self, call: grpc.aio.StreamStreamCall) -> None:
-        why = "the replica ended the connection"
+        failure: Exception = Broken("the replica ended the connection")
         try:
             while (step := await call.read()) is not grpc.aio.EOF:
                 self._dispatch(step.frames)
         except grpc.aio.AioRpcError as error:
-            why = f"{error.code().name}: {error.details()}"
+            failure = _failure(error)
         except Exception as error:  # our bug, but no stream may be left hanging
             log.exception("replica %s: cannot read a step", self.view.replica_id)
-            why = f"{type(error).__name__}: {error}"
+            failure = Broken(f"{type(error).__name__}: {error}")
         finally:
             call.cancel()
             for inbox in list(self._inboxes.values()):
                 inbox.finished = True
-                inbox.fail(Broken(why))
+                inbox.fail(failure)
             self._inboxes.clear()
 
     def _dispatch(self, frames: Iterable[flm_pb2.ReplicaFrame]) -> None:

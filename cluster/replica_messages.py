@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from flm.cluster.listen import bearer
 from flm.proto import flm_pb2
+from flm.worker.errors import Unavailable
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
+REPLICA_ID = "flm-replica-id"
 FINISH = {
     FinishReason.STOP: flm_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: flm_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: flm_pb2.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: flm_pb2.FINISH_REASON_ERROR,
 }
+
+
+def call_metadata(key: str, replica_id: str) -> tuple[tuple[str, str], ...]:
+    """Metadata of every call of flm.v1.Replica: the cluster's key, and whom it is meant for."""
+    return (*bearer(key), (REPLICA_ID, replica_id))
+
+
+def check_addressee(metadata: Any, replica_id: str) -> None:
+    """Unavailable where a call was meant for another replica, which had this address before."""
+    meant = next((value for key, value in metadata or () if key == REPLICA_ID), "")
+    if meant != replica_id:
+        raise Unavailable(f"replica {meant!r} is not here: this is {replica_id!r}")
 
 
 def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:

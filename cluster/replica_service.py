@@ -17,7 +17,7 @@ import grpc.aio
 from flm.cluster.grpc_errors import typed_errors
 from flm.cluster.listen import bind, create_server
 from flm.cluster.outbox import Outbox
-from flm.cluster.replica_messages import to_request
+from flm.cluster.replica_messages import check_addressee, to_request
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import FlmError, InternalError, InvalidRequest, Unavailable
 from flm.worker.request import FinishReason, Request, TokenEvent
@@ -90,6 +90,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
     async def Generate(
         self, commands: AsyncIterator[flm_pb2.ReplicaCommands], context: grpc.aio.ServicerContext
     ) -> None:
+        check_addressee(context.invocation_metadata(), self._replica_id)
         outbox = Outbox(self._frames_per_second)
         self._outboxes.add(outbox)
         reader = asyncio.create_task(self._obey(commands, outbox))
@@ -139,6 +140,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
     async def Heartbeat(
         self, request: flm_pb2.HeartbeatRequest, context: grpc.aio.ServicerContext
     ) -> flm_pb2.HeartbeatResponse:
+        check_addressee(context.invocation_metadata(), self._replica_id)
         replica = self._replica
         load = replica.load()
         fields = (field.name for field in flm_pb2.ReplicaLoad.DESCRIPTOR.fields)
@@ -153,16 +155,19 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
 
 
 class ReplicaServer:
-    """A ReplicaService and its port."""
+    """A ReplicaService and its port. Calls without `key`, the cluster's, are refused."""
 
-    def __init__(self, replica: ServedReplica, replica_id: str, listen: str = "127.0.0.1:0") -> None:
-        self._replica, self._replica_id, self._listen = replica, replica_id, listen
+    def __init__(
+        self, replica: ServedReplica, replica_id: str, key: str, listen: str = "127.0.0.1:0"
+    ) -> None:
+        assert key, "a replica's port is never open to everyone"
+        self._replica, self._replica_id, self._key, self._listen = replica, replica_id, key, listen
         self._server: grpc.aio.Server | None = None
         self._service: ReplicaService | None = None
 
     async def start(self) -> str:
         """Bind, start the replica's loop and serve; the bound host:port. ConfigError where it cannot bind."""
-        server = create_server()
+        server = create_server([self._key])
         address = bind(server, self._listen, field="replica.listen")
         self._service = ReplicaService(self._replica, self._replica_id)
         flm_pb2_grpc.add_ReplicaServicer_to_server(self._service, server)

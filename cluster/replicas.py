@@ -19,8 +19,8 @@ RETRY_AFTER = 1.0
 class Replicas:
     """All replicas of `model`. `on_change` is called when the number of ready ones may have changed."""
 
-    def __init__(self, model: str, on_change: Callable[[], None]) -> None:
-        self.model = model
+    def __init__(self, model: str, on_change: Callable[[], None], key: str) -> None:
+        self.model, self._key = model, key
         self.router = Router()
         self._on_change = on_change
         self._links: dict[ReplicaView, ReplicaLink] = {}
@@ -32,7 +32,7 @@ class Replicas:
         self.router.update(routes)
         current = set(self.router.replicas.values())
         for view in current - self._links.keys():
-            self._links[view] = ReplicaLink(view)
+            self._links[view] = ReplicaLink(view, self._key)
         for view in self._links.keys() - current:
             self._links[view].retired = True
             self._close_if_unused(self._links[view])

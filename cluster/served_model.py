@@ -30,12 +30,14 @@ class ServedModel:
 class LoadedModel:
     """A served model with its tokenizer and template read."""
 
-    def __init__(self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None], replica_key: str
+    ) -> None:
         self.spec, self.tokenizer = spec, tokenizer
         self.template = ChatTemplate(
             tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
         )
-        self.replicas = Replicas(spec.name, on_change)
+        self.replicas = Replicas(spec.name, on_change, replica_key)
         self.wanted = 0
         self._eos_token_ids = _eos_token_ids(spec.path, tokenizer)
         self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(self._token_text)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Desired:
-    """What should run: the text of cluster.yaml, and the replicas wanted of each model now."""
+    """What should run: the text of cluster.yaml, and the replicas wanted of each model now. `replica_key` is this
+    cluster's secret between gateway, controller and ranks; never printed, and saved for its owner only."""
 
     text: str
     file: str  # where the text came from; relative paths start there
     replicas: Mapping[str, int]
     facts: Mapping[str, ModelFacts]
+    replica_key: str = field(repr=False)
 
     def scaled(self, model: str, replicas: int) -> Desired:
         return replace(self, replicas={**self.replicas, model: replicas})

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
-from fake_cluster import MAX_CONTEXT, FakeCluster, byte_tokenizer, expected_tokens
+from fake_cluster import KEY, MAX_CONTEXT, FakeCluster, byte_tokenizer, expected_tokens
 
 from flm.cluster.gateway import Gateway, ServedModel
 from flm.worker.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ async def start_cluster(tokenizer: Tokenizer) -> AsyncIterator[StartCluster]:
             [ServedModel("m", "nowhere", MAX_CONTEXT, "llama")],
             "127.0.0.1:0",
             load=lambda path: tokenizer,
-            **options,  # type: ignore[arg-type]
+            **({"replica_key": KEY} | options),  # type: ignore[arg-type]
         )
         cluster = FakeCluster(gateway, await gateway.start())
         clusters.append(cluster)

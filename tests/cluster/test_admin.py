@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 import pytest_asyncio
+from fake_cluster import KEY as REPLICA_KEY
 from fake_host import FakeGatewayLink, FakeHost
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -45,7 +46,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     address = f"127.0.0.1:{free_port()}"
     text = f"name: test\nadmin: {{listen: '{address}', api_keys: [{KEY}]}}\nmodels: [{{name: m, path: package:x}}]\n"
     host = FakeHost()
-    desired = Desired(text, "c.yaml", {"m": 1}, {"m": ModelFacts(1, 512)})
+    desired = Desired(text, "c.yaml", {"m": 1}, {"m": ModelFacts(1, 512)}, REPLICA_KEY)
     controller = Controller(tmp_path, desired, host, FakeGatewayLink(), tmp_path / "run")
     await controller.adopt()
     tasks = [asyncio.create_task(controller.run()), asyncio.create_task(serve_admin(controller, 3, 0.0))]

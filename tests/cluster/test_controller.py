@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from fake_cluster import KEY
 from fake_host import FakeGatewayLink, FakeHost
 
 from flm.cluster.controller import Controller
@@ -34,7 +35,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.host, self.gateway = folder, FakeHost(), FakeGatewayLink()
-        self.desired = Desired(TEXT, "c.yaml", {"m": 2}, {"m": ModelFacts(GIB, 512)})
+        self.desired = Desired(TEXT, "c.yaml", {"m": 2}, {"m": ModelFacts(GIB, 512)}, KEY)
 
     def start(self) -> Controller:
         self.controller = Controller(self.folder, self.desired, self.host, self.gateway, self.folder / "run")
@@ -87,6 +88,14 @@ async def test_replicas_come_up_and_the_gateway_learns_of_them(bench: Bench) -> 
     assert {link.spec.threads for link in bench.host.living()} == {1}  # four ranks on four cores
     assert len({link.spec.run_dir for link in bench.host.living()}) == 2
     assert bench.kinds().count("replica_ready") == 2
+
+
+async def test_replicas_answer_to_their_clusters_key_only(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    group = bench.controller.groups["m-0"]
+    await bench.until(lambda: group.heartbeat is not None and not group.missed)
+    group.key = "another cluster's"
+    await bench.until(lambda: group.missed > 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -26,7 +26,7 @@ async def reach(process: RankProcess, phase: str) -> None:
 
 
 async def test_a_leader_serves_until_it_is_stopped() -> None:
-    process = RankProcess(SPEC, 0, "127.0.0.1", FakeRank(0, broken=False))
+    process = RankProcess(SPEC, 0, "127.0.0.1", "key", FakeRank(0, broken=False))
     assert (await process.report()).phase == "starting"
     ends = [
         asyncio.create_task(process.ended()) for _ in range(2)
@@ -42,7 +42,7 @@ async def test_a_leader_serves_until_it_is_stopped() -> None:
 
 async def test_a_leader_that_fails_says_why() -> None:
     rank = FakeRank(0, broken=False)
-    process = RankProcess(SPEC, 0, "127.0.0.1", rank)
+    process = RankProcess(SPEC, 0, "127.0.0.1", "key", rank)
     end = asyncio.create_task(process.ended())
     await reach(process, "ready")
     rank.replica.fail("rank 1 hung")
@@ -51,7 +51,7 @@ async def test_a_leader_that_fails_says_why() -> None:
 
 
 async def test_a_load_that_fails_ends_the_rank_with_the_typed_message() -> None:
-    process = RankProcess(SPEC, 1, "127.0.0.1", FakeRank(1, broken=True))
+    process = RankProcess(SPEC, 1, "127.0.0.1", "key", FakeRank(1, broken=True))
     assert await process.ended() == "weights.gguf: truncated"
     assert (await process.report()).fraction == 0.5
 
@@ -78,7 +78,7 @@ class Failing(FakeRank):
 )
 async def test_a_follower_that_fails_lets_go_of_its_group(error: Exception, said: str) -> None:
     rank = Failing(error)
-    assert await RankProcess(SPEC, 1, "127.0.0.1", rank).ended() == said
+    assert await RankProcess(SPEC, 1, "127.0.0.1", "key", rank).ended() == said
     assert rank.closed
 
 
@@ -90,7 +90,7 @@ async def test_progress_is_seen_while_weights_load() -> None:
             on_progress(0.25)
             time.sleep(0.2)
 
-    process = RankProcess(SPEC, 1, "127.0.0.1", Slow(1, broken=False))
+    process = RankProcess(SPEC, 1, "127.0.0.1", "key", Slow(1, broken=False))
     end = asyncio.create_task(process.ended())
     await reach(process, "loading")
     await asyncio.sleep(0.05)

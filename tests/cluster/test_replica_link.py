@@ -7,34 +7,54 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from fake_cluster import FakeReplica
+from fake_cluster import KEY, FakeReplica
 
 from flm.cluster.listen import MAX_MESSAGE
 from flm.cluster.replica_link import ReplicaLink
 from flm.cluster.replica_service import ReplicaServer
 from flm.cluster.router import ReplicaView
 from flm.proto import flm_pb2
+from flm.worker.errors import Unavailable
 
 
 @pytest_asyncio.fixture
 async def address() -> AsyncIterator[str]:
     """Of a replica "m-0"."""
     replica = FakeReplica()
-    server = ReplicaServer(replica, "m-0")
+    server = ReplicaServer(replica, "m-0", KEY)
     yield await server.start()
     await server.stop(0)
     replica.stop()
 
 
-@pytest.mark.parametrize(("replica_id", "healthy"), [("m-0", True), ("m-1", False)])
-async def test_only_the_replica_itself_is_healthy(address: str, replica_id: str, healthy: bool) -> None:
-    link = ReplicaLink(ReplicaView(replica_id, address, "ready"))
-    assert await link.healthy() is healthy
+@pytest.mark.parametrize(
+    ("replica_id", "key", "refusal"),
+    [
+        ("m-0", KEY, ""),
+        ("m-1", KEY, "replica 'm-1' is not here: this is 'm-0'"),
+        ("m-0", "another cluster's", "expected metadata"),
+    ],
+)
+async def test_only_the_replica_itself_is_healthy_and_takes_streams(
+    address: str, replica_id: str, key: str, refusal: str
+) -> None:
+    link = ReplicaLink(ReplicaView(replica_id, address, "ready"), key)
+    assert await link.healthy() is (not refusal)
+    request = flm_pb2.ReplicaGenerateRequest(
+        request_id="r", prompt_ids=[1], max_tokens=1, top_p=1, repetition_penalty=1
+    )
+    inbox = link.open(request, None)
+    async with asyncio.timeout(5):
+        if refusal:
+            with pytest.raises(Unavailable, match=refusal):
+                await inbox.take()
+        else:
+            assert (await inbox.take()).finish_reason
     await link.close()
 
 
 async def test_more_requests_than_one_message_holds(address: str) -> None:
-    link = ReplicaLink(ReplicaView("m-0", address, "ready"))
+    link = ReplicaLink(ReplicaView("m-0", address, "ready"), KEY)
     salt = "x" * (MAX_MESSAGE // 10)
     inboxes = [
         link.open(
@@ -58,7 +78,7 @@ async def test_more_requests_than_one_message_holds(address: str) -> None:
 
 
 async def test_what_is_cancelled_at_once_never_stays(address: str) -> None:
-    link = ReplicaLink(ReplicaView("m-0", address, "ready"))
+    link = ReplicaLink(ReplicaView("m-0", address, "ready"), KEY)
     salt = "x" * (MAX_MESSAGE // 5)
     requests = [
         flm_pb2.ReplicaGenerateRequest(

@@ -10,14 +10,17 @@ from typing import Any
 import grpc.aio
 import pytest
 import pytest_asyncio
+from fake_cluster import KEY
 
 from flm.cluster.grpc_errors import from_status_bytes
+from flm.cluster.replica_messages import call_metadata
 from flm.cluster.replica_service import ReplicaServer
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import InternalError, InvalidRequest, Overloaded
 from flm.worker.request import FinishReason, Request, TokenEvent
 from flm.worker.scheduler import Load
 
+METADATA = call_metadata(KEY, "r-1")
 Events = Callable[[list[TokenEvent]], None]
 
 
@@ -59,7 +62,7 @@ class Wire:
 
     async def call(self, *ids: str) -> Any:
         """An open call with these requests running."""
-        call = self.stub.Generate()
+        call = self.stub.Generate(metadata=METADATA)
         await call.write(flm_pb2.ReplicaCommands(generate=[message(i) for i in ids]))
         while not all(i in self.replica.requests for i in ids) and self.replica.refuse is None:
             await asyncio.sleep(0.002)
@@ -74,7 +77,7 @@ def message(request_id: str, **fields: Any) -> flm_pb2.ReplicaGenerateRequest:
 @pytest_asyncio.fixture
 async def wire() -> AsyncIterator[Wire]:
     replica = Scripted()
-    server = ReplicaServer(replica, "r-1")
+    server = ReplicaServer(replica, "r-1", KEY)
     async with grpc.aio.insecure_channel(await server.start()) as channel:
         yield Wire(replica, server, flm_pb2_grpc.ReplicaStub(channel))
     await server.stop(0)
@@ -90,7 +93,7 @@ async def test_a_step_is_one_message(wire: Wire) -> None:
 
 
 async def test_request_as_the_worker_sees_it(wire: Wire) -> None:
-    call = wire.stub.Generate()
+    call = wire.stub.Generate(metadata=METADATA)
     sent = message(
         "a", resumed_ids=[3], temperature=0.5, seed=2**63, stop_token_ids=[4], logprobs=0, cache_salt="s"
     )
@@ -183,7 +186,31 @@ async def test_stop_ends_streams_as_lost(wire: Wire) -> None:
 
 async def test_heartbeat(wire: Wire) -> None:
     wire.replica.state, wire.replica.failure = "failed", "rank 1 hung"
-    answer = await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest())
+    answer = await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=METADATA)
     assert (answer.replica_id, answer.step, answer.step_age) == ("r-1", 7, 0.5)
     assert (answer.state, answer.message) == (flm_pb2.REPLICA_STATE_FAILED, "rank 1 hung")
     assert (answer.load.running, answer.load.blocks_total, answer.load.prefix_hits) == (2, 10, 3)
+
+
+REFUSED = [
+    (None, grpc.StatusCode.UNAUTHENTICATED, "authorization: Bearer"),
+    (call_metadata("", "r-1"), grpc.StatusCode.UNAUTHENTICATED, "authorization: Bearer"),
+    (call_metadata("another cluster's", "r-1"), grpc.StatusCode.UNAUTHENTICATED, "authorization: Bearer"),
+    (call_metadata(KEY, "r-2"), grpc.StatusCode.UNAVAILABLE, "replica 'r-2' is not here: this is 'r-1'"),
+    (call_metadata(KEY, "r-1")[:1], grpc.StatusCode.UNAVAILABLE, "replica '' is not here: this is 'r-1'"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "code", "said"), REFUSED)
+async def test_only_the_cluster_itself_may_call_and_only_the_replica_it_means(
+    wire: Wire, metadata: tuple[tuple[str, str], ...] | None, code: grpc.StatusCode, said: str
+) -> None:
+    silent, talking = wire.stub.Generate(metadata=metadata), wire.stub.Generate(metadata=metadata)
+    await talking.write(flm_pb2.ReplicaCommands(generate=[message("a")]))
+    for call in (silent, talking):  # one that sends nothing is not left open either
+        assert await asyncio.wait_for(call.code(), 5) is code
+        assert said in await call.details()
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=metadata)
+    assert refused.value.code() is code
+    assert (wire.replica.requests, wire.server.num_streams, wire.server._service._outboxes) == ({}, 0, set())

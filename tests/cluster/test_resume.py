@@ -10,6 +10,7 @@ import pytest
 
 from flm.cluster import resume
 from flm.cluster.client import AsyncClient, Sampling
+from flm.cluster.router import ReplicaRoute
 from flm.proto import flm_pb2
 from flm.worker.errors import Lost, Unavailable
 
@@ -139,6 +140,29 @@ async def test_stale_routes_do_no_harm(start_cluster: Start, expected: Expected)
             await asyncio.sleep(0.01)
 
     assert sorted(await run_streams(cluster, disturb, expected)) == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+async def test_a_port_that_another_replica_has_now_costs_no_restart(
+    start_cluster: Start, expected: Expected
+) -> None:
+    cluster = await start_cluster(2)
+    first, second = cluster.seats
+    cluster.gateway.set_routes("m", [ReplicaRoute("m-0", second.cable.address), second.route])
+
+    async def disturb() -> None:
+        assert [view.ready for view in cluster.views()] == [False, True]
+
+    assert await run_streams(cluster, disturb, expected) == [0] * 8
+    assert first.replica.accepted == []
+
+
+async def test_a_gateway_without_the_clusters_key_gets_nothing(start_cluster: Start) -> None:
+    cluster = await start_cluster(1, replica_key="another cluster's", replica_wait=0.5)
+    async with AsyncClient(cluster.address) as client:
+        with pytest.raises(Unavailable, match="no replica of model 'm' became ready in time"):
+            await anext(client.generate("p"))
+    assert cluster.seats[0].replica.accepted == []
+    await cluster.settled()
 
 
 async def test_stop_string_and_n_survive(start_cluster: Start, expected: Expected) -> None:

@@ -14,7 +14,7 @@ from flm.worker.tokenizer import Tokenizer
 
 
 def loaded(tokenizer: Tokenizer, path: str = "nowhere") -> LoadedModel:
-    return LoadedModel(ServedModel("m", path, 64), tokenizer, lambda: None)
+    return LoadedModel(ServedModel("m", path, 64), tokenizer, lambda: None, "")
 
 
 def test_a_tokens_text_keeps_its_space() -> None:

@@ -12,7 +12,7 @@ from flm.cluster import state
 from flm.cluster.state import Desired, Endpoint, ModelFacts
 from flm.worker.errors import InvalidRequest, NotFound
 
-DESIRED = Desired("name: x", "/x.yaml", {"m": 2}, {"m": ModelFacts(123, 4096, "llama", "Q4_1")})
+DESIRED = Desired("name: x", "/x.yaml", {"m": 2}, {"m": ModelFacts(123, 4096, "llama", "Q4_1")}, "a secret")
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_desired_state_comes_back(tmp_path: Path) -> None:
     assert state.load_desired(tmp_path) is None
     state.save_desired(tmp_path, DESIRED.scaled("m", 3))
-    assert state.load_desired(tmp_path) == Desired(DESIRED.text, DESIRED.file, {"m": 3}, DESIRED.facts)
+    assert state.load_desired(tmp_path) == Desired(
+        DESIRED.text, DESIRED.file, {"m": 3}, DESIRED.facts, "a secret"
+    )
 
 
 def test_a_write_that_fails_leaves_the_old_state_and_no_litter(tmp_path: Path) -> None:
@@ -35,9 +37,12 @@ def test_a_write_that_fails_leaves_the_old_state_and_no_litter(tmp_path: Path) -
     assert os.listdir(tmp_path) == [state.DESIRED]
 
 
-def test_keys_are_their_owners_only(root: Path) -> None:
+def test_keys_are_their_owners_only(root: Path, tmp_path: Path) -> None:
     state.save_endpoint(Endpoint("a", "h:1", "h:2", gateway_key="secret"))
-    assert stat.S_IMODE((root / "a" / state.ENDPOINT).stat().st_mode) == 0o600
+    state.save_desired(tmp_path, DESIRED)
+    for file in (root / "a" / state.ENDPOINT, tmp_path / state.DESIRED):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert DESIRED.replica_key not in repr(DESIRED)
 
 
 def test_the_only_cluster_needs_no_name() -> None:

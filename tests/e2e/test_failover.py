@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import time
 
+import grpc
 import pytest
 from running_cluster import MODEL, Cluster
 from streams import Outcome, Streams
 
 from flm.cluster.client import Sampling
-from flm.proto import flm_pb2
+from flm.cluster.replica_messages import call_metadata
+from flm.proto import flm_pb2, flm_pb2_grpc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 TOKENS = 96
@@ -115,6 +118,23 @@ def test_a_client_that_leaves_frees_what_it_used(cluster: Cluster) -> None:
     ):
         next(stream)
     cluster.wait_until_whole(seconds=5)
+
+
+def test_replicas_do_not_talk_to_strangers(cluster: Cluster) -> None:
+    cluster.wait_until_whole()
+    (saved,) = cluster.state.glob("flm-cluster/*/*/desired.json")
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+    key = json.loads(saved.read_text())["replica_key"]
+    replica = cluster.replicas()[0]
+    with grpc.insecure_channel(replica.address) as channel:
+        stub = flm_pb2_grpc.ReplicaStub(channel)
+        for metadata in (None, call_metadata("a guess", replica.replica_id)):
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=metadata, timeout=5)
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        known = call_metadata(key, replica.replica_id)
+        answer = stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=known, timeout=5)
+    assert answer.replica_id == replica.replica_id
 
 
 def test_status_tells_scripts_what_people_see(cluster: Cluster) -> None:

@@ -23,6 +23,7 @@ from flm.worker.tokenizer import Tokenizer
 CORPUS = "Grüße aus Köln! 世界 is wide — 😀 and «more» to say; żółw, naïve café.\n".encode()
 EOS = 256
 MAX_CONTEXT = 512
+KEY = "the cluster's own"  # between gateway and replicas
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -230,7 +231,7 @@ class FakeCluster:
     async def add(self, replica: FakeReplica | None = None) -> Seat:
         replica = replica or FakeReplica()
         replica_id = f"m-{len(self.seats)}"
-        server = ReplicaServer(replica, replica_id)
+        server = ReplicaServer(replica, replica_id, KEY)
         cable = Cable(await server.start())
         await cable.plug()
         self.seats.append(Seat(replica_id, replica, server, cable))

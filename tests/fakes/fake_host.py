@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fake_cluster import FakeReplica
+from fake_cluster import KEY, FakeReplica
 
 from flm.cluster.placement import Node
 from flm.cluster.rank_process import RankProcess
@@ -48,7 +48,7 @@ class FakeLink:
     def __init__(self, spec: GroupSpec, rank: int, broken: bool) -> None:
         self.spec, self.rank = spec, rank
         self.served = FakeRank(rank, broken)
-        self.process = RankProcess(spec, rank, "127.0.0.1", self.served)
+        self.process = RankProcess(spec, rank, "127.0.0.1", KEY, self.served)
         self.silent = False
         self._life = asyncio.ensure_future(self.process.ended())
         self._dead = asyncio.get_running_loop().create_future()

@@ -35,18 +35,13 @@ class ChatPrompt:
         if not self.stand_ins:
             return tokenizer.encode(self.rendered, False)
         ids: list[int] = []
-        end = 0
         # The tokenizer too takes a text apart at special tokens first: the runs between them are the same.
-        for found in _special_pattern(tokenizer).finditer(self.rendered):
-            ids += self._encode_run(self.rendered[end : found.start()])
-            token_id = tokenizer.inner.token_to_id(found[found.lastindex or 0])
-            assert token_id is not None
-            ids.append(token_id)
-            end = found.end()
-        return ids + self._encode_run(self.rendered[end:])
+        for part in tokenizer.split_special(self.rendered):
+            ids += [part] if isinstance(part, int) else self._encode_run(part)
+        return ids
 
     def _encode_run(self, run: str) -> list[int]:
-        return self.tokenizer.encode(self._restored(run), False, parse_special=False) if run else []
+        return self.tokenizer.encode(self._restored(run), False, parse_special=False)
 
     def _restored(self, text: str) -> str:
         return text.translate({ord(mark): spelt for mark, spelt in self.stand_ins.items()})
@@ -70,13 +65,3 @@ def _unused(text: str) -> Iterator[str]:
     """Characters that the text does not have."""
     taken = set(text)
     return (chr(code) for plane in _PRIVATE for code in plane if chr(code) not in taken)
-
-
-def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Special tokens with the white space that they take along; the longest first, as one may begin another."""
-    space = {False: "", True: r"\s*"}
-    parts = [
-        f"{space[token.lstrip]}({re.escape(spelt)}){space[token.rstrip]}"
-        for spelt, token in sorted(tokenizer.special_tokens.items(), key=lambda item: -len(item[0]))
-    ]
-    return re.compile("|".join(parts))

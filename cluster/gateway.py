@@ -21,7 +21,8 @@ from flm.cluster.served_model import LoadedModel, ServedModel
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import ConfigError, ModelNotFound
 from flm.worker.paths import resolve_model_path
-from flm.worker.tokenizer import Tokenizer, load_tokenizer
+from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.files import load_tokenizer
 
 __all__ = ["Gateway", "ReplicaRoute", "ServedModel", "Tls"]
 

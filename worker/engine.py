@@ -119,7 +119,9 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own tokenizer, loaded when first needed."""
         if self._tokenizer is None:
-            from flm.worker.tokenizer import load_tokenizer  # generation by token ids needs no `tokenizers`
+            from flm.worker.vocabularies.files import (
+                load_tokenizer,  # generation by token ids needs no `tokenizers`
+            )
 
             self._tokenizer = load_tokenizer(resolve_model_path(self.spec.path))
         return self._tokenizer

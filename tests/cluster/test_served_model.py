@@ -11,6 +11,7 @@ from tokenizers import decoders, models
 from flm.cluster import served_model
 from flm.cluster.served_model import LoadedModel, ServedModel
 from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.library import LibraryVocabulary
 
 
 def loaded(tokenizer: Tokenizer, path: str = "nowhere") -> LoadedModel:
@@ -22,7 +23,7 @@ def test_a_tokens_text_keeps_its_space() -> None:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    model = loaded(Tokenizer(inner))
+    model = loaded(Tokenizer(LibraryVocabulary(inner)))
     assert [model.token_text(i) for i in range(3)] == [" the", "a", "\ufffd"]
     assert model.tokenizer.decode([0]) == "the"
 

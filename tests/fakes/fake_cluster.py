@@ -19,6 +19,7 @@ from flm.worker.errors import InvalidRequest, Overloaded, Unavailable
 from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
 from flm.worker.scheduler import Load
 from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.library import LibraryVocabulary
 
 CORPUS = "Grüße aus Köln! 世界 is wide — 😀 and «more» to say; żółw, naïve café.\n".encode()
 EOS = 256
@@ -35,7 +36,7 @@ def byte_tokenizer() -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken("<eos>", special=True)])
-    return Tokenizer(inner, eos_token="<eos>")
+    return Tokenizer(LibraryVocabulary(inner), eos_token="<eos>")
 
 
 def expected_tokens(prompt_ids: Sequence[int], seed: int, temperature: float = 1.0) -> list[int]:

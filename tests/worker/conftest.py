@@ -7,7 +7,8 @@ from gguf import GGUFReader
 from gguf_vocabularies import sentencepiece_gguf
 
 from flm.worker.paths import resolve_model_path
-from flm.worker.tokenizer import Tokenizer, load_tokenizer
+from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.files import load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from flm.worker.errors import CheckpointError, InvalidRequest
-from flm.worker.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
+from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
+from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.library import LibraryVocabulary
 
 
 def streamed(
@@ -54,7 +56,7 @@ def test_round_trip_of_any_text(smollm2: Tokenizer, sentencepiece: Tokenizer, te
 @settings(max_examples=200, deadline=None)
 def test_decode_is_the_librarys_for_any_tokens(smollm2: Tokenizer, ids: list[int]) -> None:
     for skip in (True, False):
-        want = smollm2.inner.decode(ids, skip_special_tokens=skip)
+        want = smollm2.vocabulary.inner.decode(ids, skip_special_tokens=skip)
         assert smollm2.decode(ids, skip) == want
         assert "".join(streamed(smollm2, ids, skip)) == want
 
@@ -124,7 +126,7 @@ def test_lone_surrogates_are_refused(smollm2: Tokenizer) -> None:
 
 @pytest.fixture
 def directory(smollm2: Tokenizer, tmp_path: Path) -> Path:
-    smollm2.inner.save(str(tmp_path / "tokenizer.json"))
+    smollm2.vocabulary.inner.save(str(tmp_path / "tokenizer.json"))
     config = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "chat_template": "T"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
@@ -170,7 +172,9 @@ def test_broken_directories(directory: Path) -> None:
         assert message in str(caught.value)
         assert caught.value.file == str(broken / file)
     (directory / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"expected tokenizer\.json in this directory"):
+    with pytest.raises(
+        CheckpointError, match=r"expected tokenizer\.json, tokenizer\.model, .* in this directory"
+    ):
         load_tokenizer(directory)
 
 
@@ -179,7 +183,7 @@ def test_a_decoder_that_is_not_plain_bytes_is_streamed_through_windows() -> None
     inner = RustTokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     inner.decoder = decoders.WordPiece()
-    tokenizer = Tokenizer(inner)
+    tokenizer = Tokenizer(LibraryVocabulary(inner))
     assert tokenizer.pieces is None
     ids = tokenizer.encode("unbelievable story, story")
     assert streamed(tokenizer, ids) == ["un", "believ", "able", " story", ",", " story", ""]

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import pre_tokenizers
 
 from flm.worker.errors import CheckpointError
-from flm.worker.tokenizer import Tokenizer, load_tokenizer
+from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.files import load_tokenizer
 
 
 def joined_by_score(text: str) -> list[str]:
@@ -48,7 +49,7 @@ def test_the_demo_tokenizer(smollm2: Tokenizer) -> None:
 
 def test_smollm_splits_as_its_own_pre_tokenizer_does(smollm2: Tokenizer) -> None:
     """SmolLM2 was published with these two pre-tokenizers instead of the regular expressions of GGUF."""
-    reference = RustTokenizer.from_str(smollm2.inner.to_str())
+    reference = RustTokenizer.from_str(smollm2.vocabulary.inner.to_str())
     digits = pre_tokenizers.Digits(individual_digits=True)
     reference.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -68,7 +69,7 @@ def test_sentencepiece_joins_by_score(sentencepiece: Tokenizer) -> None:
         "mainland sheath",
     ]:
         ids = sentencepiece.encode(text, add_special=False)
-        assert [sentencepiece.inner.id_to_token(i) for i in ids] == joined_by_score(text)
+        assert [sentencepiece.token(i) for i in ids] == joined_by_score(text)
 
 
 def test_sentencepiece_ends_and_special_texts(sentencepiece: Tokenizer, tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_sentencepiece_ends_and_special_texts(sentencepiece: Tokenizer, tmp_path
     tokenizer = load_tokenizer(sentencepiece_gguf(tmp_path / "m.gguf", other))
     ids = tokenizer.encode("the cat")
     assert (ids[0] != 1, ids[-1]) == (True, 2)
-    assert tokenizer.inner.id_to_token(ids[0])[0] == "t"
+    assert tokenizer.token(ids[0])[0] == "t"
     assert tokenizer.decode(tokenizer.encode(" cat")) == " cat"
 
 
@@ -106,7 +107,7 @@ PRE_TOKENIZERS = {
 def test_pre_tokenizers(pre: str | None, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_level_gguf(tmp_path / "m.gguf", pre))
     ids = tokenizer.encode("1234", add_special=False)
-    assert [tokenizer.inner.id_to_token(i) for i in ids] == PRE_TOKENIZERS[pre]
+    assert [tokenizer.token(i) for i in ids] == PRE_TOKENIZERS[pre]
     for text in TEXTS:
         want = "\u00e9" if pre == "qwen2" else "e\u0301"  # NFC joins the accent
         expected = text.replace("e\u0301", want)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as RustTokenizer
 
 from flm.worker.errors import CheckpointError
 from flm.worker.gguf_file import GGUFFile
+from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.library import LibraryVocabulary
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # llama.cpp's token types
@@ -38,8 +41,22 @@ _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3")  # a word that is a token is 
 _ADD_BOS = _WHOLE_WORDS
 
 
-def build_tokenizer(file: GGUFFile) -> Tokenizer:
-    """The tokenizer in the file's metadata. Raises CheckpointError where it is missing, corrupt or of another kind."""
+def read_tokenizer(file: GGUFFile) -> Tokenizer:
+    """The tokenizer in the file's metadata. Raises CheckpointError."""
+    inner = _build(file)
+    ids = {name: file.get(f"{_PREFIX}{name}_token_id") for name in ("bos", "eos")}
+    texts = {name: inner.id_to_token(i) if type(i) is int and i >= 0 else None for name, i in ids.items()}
+    template = file.get("tokenizer.chat_template")
+    return Tokenizer(
+        LibraryVocabulary(inner),
+        bos_token=texts["bos"],
+        eos_token=texts["eos"],
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _build(file: GGUFFile) -> RustTokenizer:
+    """Raises CheckpointError where it is missing, corrupt or of another kind."""
     kind, tokens = file.get(_PREFIX + "model"), file.get(_PREFIX + "tokens")
     if not isinstance(tokens, list) or not tokens:
         raise _fail(file, f"{_PREFIX}tokens is missing; a list of tokens expected")
@@ -70,13 +87,13 @@ def _fail(file: GGUFFile, message: str) -> CheckpointError:
     return CheckpointError(str(file.path), message)
 
 
-def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
+def _byte_level(file: GGUFFile, tokens: list[str]) -> RustTokenizer:
     pre = file.get(_PREFIX + "pre", "default")
     if pre not in _PATTERNS:
         raise _fail(file, f"{_PREFIX}pre: {pre!r} is not supported; supported: {', '.join(_PATTERNS)}")
     merges = [tuple(m.split(" ", 1)) for m in file.get(_PREFIX + "merges") or []]
     vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
+    tokenizer = RustTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS[pre]]
@@ -86,14 +103,14 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
+def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int]) -> RustTokenizer:
     scores = file.get(_PREFIX + "scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         found = len(scores) if isinstance(scores, list) else scores
         raise _fail(file, f"{_PREFIX}scores: {len(tokens)} entries expected, found {found}")
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = next((token for token, t in zip(tokens, types, strict=True) if t == _UNKNOWN), None)
-    tokenizer = Tokenizer(
+    tokenizer = RustTokenizer(
         models.BPE(
             vocab=vocab,
             merges=_merges(vocab, types, scores),
@@ -126,7 +143,7 @@ def _merges(vocab: dict[str, int], types: list[int], scores: list[float]) -> lis
     return [(left, right) for *_, left, right in sorted(ranked)]
 
 
-def _add_ends(file: GGUFFile, tokenizer: Tokenizer, tokens: list[str]) -> None:
+def _add_ends(file: GGUFFile, tokenizer: RustTokenizer, tokens: list[str]) -> None:
     """What encode() puts around a text."""
     sentencepiece = file.get(_PREFIX + "model") == "llama"
     wants_bos = sentencepiece or file.get(_PREFIX + "pre") in _ADD_BOS

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.errors import DTypeError, ShapeError, UnsupportedFormat
+from flm.kernels.float8 import E4M3
 from flm.kernels.gguf_blocks import BLOCK_TYPES, TYPE_NUMBERS
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
@@ -33,9 +34,11 @@ class QuantizedMatrix:
     bfloat16 [N, K] uint16, the bits                                   0
     int8     [N, G * group] int8                                       a multiple of 16
     int4     [N, G * group / 2] uint8, even k in the low nibble, 0..15 a multiple of 16
+    fp8      [N, G * group] uint8, the bits of float8 e4m3             a multiple of 16
 
-    Integer formats mean weight = scale * code + offset with scales and offsets [N, G], float16 or float32 (offsets None:
-    zero). Where K is no multiple of `group` the codes are padded with zeros.
+    The last three mean weight = scale * code + offset with scales and offsets [N, G], float16 or float32 (offsets None:
+    zero). Where K is no multiple of `group` the codes are padded with zeros. Column c of the codes belongs to input c, or
+    to input gather[c] where there is a `gather` [G * group] int32: for groups whose inputs are no neighbours; -1: padding.
     """
 
     format: str
@@ -44,16 +47,24 @@ class QuantizedMatrix:
     group: int = 0
     scales: Array | None = None
     offsets: Array | None = None
+    gather: NDArray[np.int32] | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and offsets."""
-        return sum(a.nbytes for a in (self.codes, self.scales, self.offsets) if a is not None)
+        """Bytes of codes, scales, offsets and gather."""
+        return sum(a.nbytes for a in (self.codes, self.scales, self.offsets, self.gather) if a is not None)
 
-    def unpacked(self) -> NDArray[np.int8]:
-        """The integer codes [N, G * group], one per element."""
+    @property
+    def columns(self) -> int:
+        """Columns of the codes that belong to inputs, or to padding among them: K, or as many as `gather` has."""
+        return self.shape[1] if self.gather is None else len(self.gather)
+
+    def unpacked(self) -> Array:
+        """The codes [N, G * group], one per element: int8, or float32 for fp8."""
         if self.format == "int8":
             return self.codes
+        if self.format == "fp8":
+            return E4M3[self.codes]
         pairs = np.stack([self.codes & 15, self.codes >> 4], axis=2)
         return pairs.reshape(self.shape[0], -1).view(np.int8)
 
@@ -66,7 +77,12 @@ class QuantizedMatrix:
         grouped *= self.scales.astype(np.float32)[:, :, None]
         if self.offsets is not None:
             grouped += self.offsets.astype(np.float32)[:, :, None]
-        return np.ascontiguousarray(grouped.reshape(n, -1)[:, :k])
+        weights = grouped.reshape(n, -1)
+        if self.gather is None:
+            return np.ascontiguousarray(weights[:, :k])
+        out = np.zeros((n, k), np.float32)
+        out[:, self.gather[self.gather >= 0]] = weights[:, self.gather >= 0]
+        return out
 
     def slice_rows(self, start: int, stop: int) -> QuantizedMatrix:
         """Outputs start..stop (views, no copy)."""
@@ -100,18 +116,32 @@ class QuantizedMatrix:
             return replace(
                 self, shape=(n, stop - start), codes=np.ascontiguousarray(self.codes[:, start:stop])
             )
+        if self.gather is not None:
+            return self._gathered(start, stop)
         if start % self.group or (stop % self.group and stop != k):
             raise ShapeError(
                 f"columns {start}..{stop} cut a group of {self.group}; use multiples of {self.group}"
             )
-        first, last = start // self.group, -(-stop // self.group)
-        per_group = self.group if self.format == "int8" else self.group // 2
+        return self._groups(slice(start // self.group, -(-stop // self.group)), stop - start)
+
+    def _gathered(self, start: int, stop: int) -> QuantizedMatrix:
+        """Groups that hold any of the inputs start..stop; their other columns become padding."""
+        assert self.gather is not None
+        inside = (self.gather >= start) & (self.gather < stop)
+        kept = np.flatnonzero(inside.reshape(-1, self.group).any(axis=1))
+        gather = np.where(inside, self.gather - start, -1).astype(np.int32).reshape(-1, self.group)[kept]
+        return replace(self._groups(kept, stop - start), gather=gather.reshape(-1))
+
+    def _groups(self, key: Any, width: int) -> QuantizedMatrix:
+        n = self.shape[0]
+        pick = lambda a: None if a is None else np.ascontiguousarray(a[:, key])
+        codes = self.codes.reshape(n, -1, self.group // 2 if self.format == "int4" else self.group)[:, key]
         return replace(
             self,
-            shape=(n, stop - start),
-            codes=np.ascontiguousarray(self.codes[:, first * per_group : last * per_group]),
-            scales=np.ascontiguousarray(self.scales[:, first:last]),
-            offsets=None if self.offsets is None else np.ascontiguousarray(self.offsets[:, first:last]),
+            shape=(n, width),
+            codes=np.ascontiguousarray(codes).reshape(n, -1),
+            scales=pick(self.scales),
+            offsets=pick(self.offsets),
         )
 
 
@@ -230,6 +260,13 @@ def _divisor(scales: Array) -> NDArray[np.float32]:
     return np.where(wide == 0, np.float32(1), wide)
 
 
+def same_order(a: QuantizedMatrix, b: QuantizedMatrix) -> bool:
+    """Whether the columns of both belong to the same inputs."""
+    if a.gather is None or b.gather is None:
+        return a.gather is b.gather
+    return np.array_equal(a.gather, b.gather)
+
+
 def concat_rows(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """Matrices over the same K stacked by rows (q, k, v; gate, up). Formats and groups must agree, else UnsupportedFormat.
 
@@ -245,6 +282,8 @@ def concat_rows(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
             raise UnsupportedFormat(
                 f"one format expected, got {first.format} group {first.group} and {part.format} group {part.group}"
             )
+        if not same_order(first, part):
+            raise UnsupportedFormat("columns in one order expected, got matrices that gather differently")
     codes = np.concatenate([p.codes for p in parts])
     shape = (sum(p.shape[0] for p in parts), first.shape[1])
     if first.scales is None:

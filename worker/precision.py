@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from flm.kernels.quant import QuantizedMatrix, concat_rows, from_float, quantize
+from flm.kernels.quant import QuantizedMatrix, concat_rows, from_float, quantize, same_order
 from flm.worker.errors import ConfigError
 
 QUANTIZATIONS = ("auto", "int4", "int8", "bf16", "fp16", "fp32")
@@ -51,8 +51,8 @@ def regroup(matrix: QuantizedMatrix, group: int) -> QuantizedMatrix:
     assert rest == 0, (matrix.group, group)
     repeat = [None if a is None else np.repeat(a, parts, axis=1) for a in (matrix.scales, matrix.offsets)]
     # the padding of the last group goes as far as whole small groups are left
-    groups = -(-matrix.shape[1] // group)
-    columns = groups * group if matrix.format == "int8" else groups * group // 2
+    groups = -(-matrix.columns // group)
+    columns = groups * group // 2 if matrix.format == "int4" else groups * group
     scales, offsets = (None if a is None else np.ascontiguousarray(a[:, :groups]) for a in repeat)
     codes = np.ascontiguousarray(matrix.codes[:, :columns])
     return replace(matrix, codes=codes, group=group, scales=scales, offsets=offsets)
@@ -62,9 +62,10 @@ def fuse(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     """Matrices over the same inputs stacked by rows. Where a checkpoint stores them in different precisions, they
     are brought to the narrowest one that holds all of them exactly."""
     formats = {p.format for p in parts}
-    if len(formats) > 1 and formats == {"int4", "int8"}:
+    aligned = all(same_order(parts[0], p) for p in parts)
+    if aligned and formats == {"int4", "int8"}:
         parts = [_as_int8(p) if p.format == "int4" else p for p in parts]
-    elif len(formats) > 1:
+    elif not aligned or len(formats) > 1:
         parts = [convert(p, "float32", DEFAULT_GROUP) for p in parts]
     smallest = min(p.group for p in parts)
     return concat_rows([regroup(p, smallest) for p in parts])

@@ -111,7 +111,7 @@ class CpuBackend:
         T, (N, K) = columns("x", x_TK)[0], weight.shape
         x, out = check("x", x_TK, (T, K)), check("out", out_TN, (T, N))
         bias = 0 if bias_N is None else check("bias", bias_N, (N,))
-        groups = -(-K // weight.group) if weight.group else 0
+        groups = weight.groups
         area = (CHUNK * 512 + weight.group * 256 + 64) // 64 * 64
         sums = (T * groups * 4 + 63) // 64 * 64
         scratch = self._scratch(area * self.threads + sums + T * groups * weight.group * 4)
@@ -123,7 +123,7 @@ class CpuBackend:
             int(accumulate),
             xsum,
             xsum + sums,
-            0,
+            address(weight.gather),
             address(scratch),
             area,
         ]
@@ -134,11 +134,12 @@ class CpuBackend:
         self._emit("linear", row, *keep, workers=self._workers(T * K * N, SMALL))
 
     def _weight_leaves(self, form: str) -> list[int]:
-        if form in ("int4", "int8"):
+        if form in ("int4", "int8", "fp8"):
             return [self._leaves[name] for name in (f"affine_{form}", f"convert_{form}", "affine_tile")]
         return [self._leaves[f"plain_{form}"], 0, 0]
 
     def embedding(self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
+        weight.check_embeds()
         T = columns("ids", ids_T, 1)[0]
         ids, out = check("ids", ids_T, (T,), I32), check("out", out_TE, (T, weight.shape[1]))
         row = [*weight.row(ids, T), out, first_row]

@@ -72,13 +72,21 @@ def prefetch(b: Builder, address: Value) -> None:
 
 
 def load_f32(b: Builder, address: Value, form: str) -> Value:
-    """16 values stored as float32, float16, bfloat16 or int8, as float32."""
+    """16 values stored as float32, float16, bfloat16, fp8 or int8, as float32; fp8 divided by 256.
+
+    fp8 (e4m3) in half precision's place for sign, exponent and mantissa is the value over 2^8, denormal numbers included.
+    """
     if form == "float32":
         return load(b, address, VF32, 4)
     if form == "float16":
         return b.fpext(load(b, address, VF16, 2), VF32)
     if form == "bfloat16":
         return b.bitcast(b.shl(b.zext(load(b, address, VI16, 2), VI32), const(VI32, 16)), VF32)
+    if form == "fp8":
+        bits = b.zext(load(b, address, VI8), VI16)
+        size, sign = b.and_(bits, const(VI16, 127)), b.and_(bits, const(VI16, 128))
+        half = b.or_(b.shl(size, const(VI16, 7)), b.shl(sign, const(VI16, 8)))
+        return b.fpext(b.bitcast(half, VF16), VF32)
     return b.sitofp(b.sext(load(b, address, VI8), VI32), VF32)
 
 

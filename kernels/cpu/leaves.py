@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from flm.kernels.cpu.ir import I64
 from flm.kernels.cpu.microkernels import (
     BFLOAT16,
+    FLOAT8,
     FLOAT16,
     FLOAT32,
     INT4,
@@ -80,6 +81,18 @@ def affine_int8(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offse
 
 
 @cfunc(AFFINE, cache=True)
+def affine_fp8(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
+    blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
+    while T > 0:
+        n = (T + blocks - 1) // blocks
+        blocks -= 1
+        affine(
+            FLOAT8, n, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group
+        )
+        T, x, out, xsum = T - n, x + n * k * 4, out + n * 256, xsum + n * 4
+
+
+@cfunc(AFFINE, cache=True)
 def affine_tile(T, lane, lanes, w, w_group, x, x_group, k, G, out, scales, offsets, half, xsum, xsum_group):  # type: ignore
     """Any number of tokens over one group's codes that a convert leaf has turned to float."""
     blocks = (T + MAX_TOKENS - 1) // MAX_TOKENS
@@ -117,6 +130,11 @@ def convert_int8(codes, tile, k):  # type: ignore
     convert(INT8, codes, tile, k)
 
 
+@cfunc(CONVERT, cache=True)
+def convert_fp8(codes, tile, k):  # type: ignore
+    convert(FLOAT8, codes, tile, k)
+
+
 @cfunc(PLAIN, cache=True)
 def plain_float32(T, lanes, w, w_stride, x, x_stride, k, out, out_stride):  # type: ignore
     """out [T, lanes] += x [T, k] @ w [k, lanes], any T."""
@@ -149,5 +167,6 @@ def plain_bfloat16(T, lanes, w, w_stride, x, x_stride, k, out, out_stride):  # t
 
 
 LEAVES = (
-    affine_int4, affine_int8, affine_tile, convert_int4, convert_int8, plain_float32, plain_float16, plain_bfloat16,
+    affine_int4, affine_int8, affine_fp8, affine_tile, convert_int4, convert_int8, convert_fp8, plain_float32,
+    plain_float16, plain_bfloat16,
 )  # fmt: skip

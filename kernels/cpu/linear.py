@@ -12,7 +12,7 @@ from numba import cfunc, njit
 
 from flm.kernels.cpu.leaves import call_leaf
 from flm.kernels.cpu.memory import copy, f32_at, fill, float_of_bits, i32_at, i64_at, load_half, u8_at, u32_at
-from flm.kernels.cpu.microkernels import FLOAT16, FLOAT32, INT4, INT8
+from flm.kernels.cpu.microkernels import FLOAT8, FLOAT16, FLOAT32, INT4, INT8
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, WORKERS, next_task, span
 from flm.kernels.cpu.vector import group_sum
 
@@ -22,13 +22,25 @@ SPLIT = 32  # lanes of a piece, when panels do not divide evenly among threads
 
 
 @njit
+def take(values, index, target, count):  # type: ignore
+    """target[i] = values[index[i]], 0 where the index is -1."""
+    out, picks = f32_at(target, count), i32_at(index, count)
+    for i in range(count):
+        out[i] = f32_at(values + picks[i] * 4, 1)[0] if picks[i] >= 0 else np.float32(0)
+
+
+@njit
 def _prepare(row, t):  # type: ignore
-    """Token t of x to the layout of the kernels: by groups, for int4 scaled to where the nibbles stand, and its sums."""
-    form, T, K, group, G = row[1], row[3], row[4], row[7], row[8]
+    """Token t of x to the layout of the kernels: by groups (in the order that the weight gathers), for int4 scaled to
+    where the nibbles stand, and its sums."""
+    form, T, K, group, G, gather = row[1], row[3], row[4], row[7], row[8], row[17]
     prescale = 1 if form == INT4 else 2
     for g in range(G):
         source, target = row[2] + (t * K + g * group) * 4, row[16] + (g * T + t) * group * 4
-        if g == G - 1 and group * G > K:
+        if gather != 0:
+            take(row[2] + t * K * 4, gather + g * group * 4, target, group)
+            source = target
+        elif g == G - 1 and group * G > K:
             last = K - g * group
             copy(source, target, last)
             fill(target + last * 4, group - last, 0.0)
@@ -98,7 +110,7 @@ def _piece(row, panel, lane, lanes, t0, T, work):  # type: ignore
     """Outputs panel * 64 + lane .. + lanes for tokens t0 .. t0 + T. work: CHUNK * 64 floats, then the tile."""
     form, K, N = row[1], row[4], row[6]
     fill(work, T * 64, 0.0)
-    if form <= INT8:
+    if form <= INT8 or form == FLOAT8:
         _quantised(row, panel, lane, lanes, t0, T, work, work + CHUNK * 256)
     else:
         width = 4 if form == FLOAT32 else 2
@@ -124,7 +136,7 @@ def _task(row, i, whole, split, work):  # type: ignore
 
 @cfunc(OP, cache=True)
 def prepare(address, worker):  # type: ignore
-    """For integer codes, before linear. row: as linear."""
+    """For codes in groups, before linear. row: as linear."""
     row = i64_at(address, ROW_WIDTH)
     size = span(row, row[3])
     first = next_task(row) * size
@@ -138,7 +150,7 @@ def prepare(address, worker):  # type: ignore
 @cfunc(OP, cache=True)
 def linear(address, worker):  # type: ignore
     """row: 1 form, 2 x, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 bias,
-    14 accumulate, 15 sums of x [G, T], 16 x as prepared [G, T, group], 18 workers' areas, 19 bytes of one,
+    14 accumulate, 15 sums of x [G, T], 16 x as prepared [G, T, group], 17 the weight's gather or 0, 18 workers' areas, 19 bytes of one,
     20 the leaf for up to 6 tokens (floats: any), 21 leaf to convert a tile, 22 leaf over tiles."""
     row = i64_at(address, ROW_WIDTH)
     panels, chunks, workers = (row[6] + 63) // 64, (row[3] + CHUNK - 1) // CHUNK, row[WORKERS]

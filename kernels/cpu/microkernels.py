@@ -41,10 +41,10 @@ PREFETCH_TOKENS = (
 )
 PREFETCH_BYTES = 2048
 PREFETCH_SCALES = 512
-INT4, INT8, FLOAT32, FLOAT16, BFLOAT16 = range(5)
-WIDTH = (4, 1, 4, 2, 2)  # bytes an output takes in one row of codes (a row is 8 k for int4)
-STEPS = (8, 4, 1, 1, 1)  # k per round of the inner loop
-NAMES = ("int4", "int8", "float32", "float16", "bfloat16")
+INT4, INT8, FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = range(6)
+WIDTH = (4, 1, 4, 2, 2, 1)  # bytes an output takes in one row of codes (a row is 8 k for int4)
+STEPS = (8, 4, 1, 1, 1, 4)  # k per round of the inner loop
+NAMES = ("int4", "int8", "float32", "float16", "bfloat16", "fp8")
 
 
 def _weights(b: Any, form: int, address: Any, r: int, j: int) -> Any:

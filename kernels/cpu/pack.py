@@ -2,6 +2,7 @@
 
 int4     codes  [panels, Kp / 8, 64] uint32, nibble j of a word is input 8 i + j
 int8     codes  [panels, Kp, 64] int8
+fp8      codes  [panels, Kp, 64] uint8; scales hold 256 times the scale, because kernels read codes as value / 256
 floats   codes  [panels, K, 64]
 scales, offsets [panels, G, 64] float16 or float32
 Kp = G * group. Outputs are padded to 64 with zeros.
@@ -17,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.errors import UnsupportedFormat
+from flm.kernels.float8 import E4M3
 from flm.kernels.quant import FLOAT_DTYPES, QuantizedMatrix, to_float32
 
 PANEL = 64
-FORMS = {"int4": 0, "int8": 1, "float32": 2, "float16": 3, "bfloat16": 4}
+FORMS = {"int4": 0, "int8": 1, "float32": 2, "float16": 3, "bfloat16": 4, "fp8": 5}
+FP8_UNIT = np.float32(256)
 Array = NDArray[Any]
 Take = Callable[[tuple[int, ...], Any], Array]
 
@@ -35,20 +38,32 @@ class CpuMatrix:
     group: int
     scales: Array | None
     offsets: Array | None
+    gather: NDArray[np.int32] | None = None  # which input each column of codes belongs to, -1: none
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.codes, self.scales, self.offsets) if a is not None)
+        return sum(a.nbytes for a in (self.codes, self.scales, self.offsets, self.gather) if a is not None)
+
+    @property
+    def groups(self) -> int:
+        """Groups along the inputs; 0 for floats."""
+        if not self.group:
+            return 0
+        return -(-(self.shape[1] if self.gather is None else len(self.gather)) // self.group)
 
     @property
     def panels(self) -> int:
         return -(-self.shape[0] // PANEL)
 
+    def check_embeds(self) -> None:
+        """Raises UnsupportedFormat where single rows cannot be looked up."""
+        if self.form == "fp8" or self.gather is not None:
+            raise UnsupportedFormat("an embedding in fp8, or with its columns out of order, is not supported")
+
     def row(self, x: int, count: int) -> list[int]:
         """Fields 1 to 11 of the program rows that read a weight: x is the address of `count` inputs."""
         (n, k), group = self.shape, self.group
         half = int(self.scales is not None and self.scales.dtype == np.float16)
-        groups = -(-k // group) if group else 0
         scales, offsets = (0 if a is None else a.ctypes.data for a in (self.scales, self.offsets))
         return [
             FORMS[self.form],
@@ -58,7 +73,7 @@ class CpuMatrix:
             self.codes.ctypes.data,
             n,
             group,
-            groups,
+            self.groups,
             scales,
             offsets,
             half,
@@ -71,13 +86,18 @@ class CpuMatrix:
         if self.form == "int4":
             shifts = np.arange(8, dtype=np.uint32)[None, None, :, None] * 4
             codes = ((codes[:, :, None, :] >> shifts) & 15).reshape(len(codes), -1, PANEL)
-        wide = to_float32(codes, self.form)
+        wide = E4M3[codes] / FP8_UNIT if self.form == "fp8" else to_float32(codes, self.form)
         if self.scales is not None:
             wide = wide * np.repeat(self.scales[first:last].astype(np.float32), self.group, axis=1)
         if self.offsets is not None:
             wide = wide + np.repeat(self.offsets[first:last].astype(np.float32), self.group, axis=1)
         rows = wide.transpose(0, 2, 1).reshape(-1, wide.shape[1])
-        return np.ascontiguousarray(rows[start - first * PANEL : stop - first * PANEL, : self.shape[1]])
+        rows = rows[start - first * PANEL : stop - first * PANEL]
+        if self.gather is None:
+            return np.ascontiguousarray(rows[:, : self.shape[1]])
+        out = np.zeros((len(rows), self.shape[1]), np.float32)
+        out[:, self.gather[self.gather >= 0]] = rows[:, self.gather >= 0]
+        return out
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -112,7 +132,7 @@ def pack(matrix: QuantizedMatrix, take: Take = aligned) -> CpuMatrix:
     if matrix.format == "int4":
         codes = np.ascontiguousarray(codes).view("<u4")  # four bytes of two nibbles: nibble j is input j
     assert matrix.scales is not None
-    offsets = None if matrix.offsets is None else _panels(matrix.offsets.astype(matrix.scales.dtype), take)
-    return CpuMatrix(
-        matrix.format, matrix.shape, _panels(codes, take), matrix.group, _panels(matrix.scales, take), offsets
-    )
+    scales = matrix.scales * FP8_UNIT if matrix.format == "fp8" else matrix.scales
+    offsets = None if matrix.offsets is None else _panels(matrix.offsets.astype(scales.dtype), take)
+    packed = _panels(codes, take), matrix.group, _panels(scales, take), offsets, matrix.gather
+    return CpuMatrix(matrix.format, matrix.shape, *packed)

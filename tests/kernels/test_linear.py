@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flm.kernels.errors import DTypeError, ShapeError
+from flm.kernels.errors import DTypeError, ShapeError, UnsupportedFormat
+from flm.kernels.packings import fp8, ordered
 from flm.kernels.quant import QuantizedMatrix, from_float, quantize
 
-FORMATS = ["int4", "int8", "int8 offsets", "int4 wide", "float32", "float16", "bfloat16"]
+EMBEDDED = ["int4", "int8", "int8 offsets", "int4 wide", "float32", "float16", "bfloat16"]
+FORMATS = [*EMBEDDED, "fp8", "int4 ordered", "int8 ordered"]
 SHAPES = [(64, 32), (1, 16), (65, 96), (200, 33), (576, 576), (130, 160), (31, 72)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 13, 48, 53]
 
@@ -16,6 +18,14 @@ TOKENS = [1, 2, 3, 4, 5, 6, 7, 13, 48, 53]
 def weight(rng: np.random.Generator, form: str, n: int, k: int, group: int = 32) -> QuantizedMatrix:
     values = rng.standard_normal((n, k)).astype(np.float32)
     kind, _, variant = form.partition(" ")
+    if kind == "fp8":
+        codes = rng.integers(0, 256, (n, k), dtype=np.uint8) & 0xBF  # values below 2
+        return fp8(codes, rng.lognormal(-3, 1, (-(-n // 128), -(-k // 128))).astype(np.float32), 0, 0)
+    if variant == "ordered":
+        bits, groups = int(kind[3:]), rng.permutation(np.arange(k) // group)
+        codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
+        scales = rng.standard_normal((n, -(-k // group))).astype(np.float16) / 2**bits
+        return ordered(codes, bits, scales.astype(np.float16), None, groups)
     if kind in ("int4", "int8"):
         matrix = quantize(values, kind, group)
         scales, offsets = matrix.scales, matrix.offsets
@@ -69,7 +79,16 @@ def test_bits_do_not_depend_on_batch_or_threads(cpu, cpu1, rng, form, shape):
             assert np.array_equal(whole, np.concatenate(parts)), size
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", ["fp8", "int4 ordered"])
+def test_what_cannot_embed_dequantizes_exactly(cpu, rng, form):
+    matrix = weight(rng, form, 200, 90)
+    packed = cpu.pack(matrix)
+    assert np.array_equal(packed.dequantize(70, 200), matrix.dequantize()[70:])
+    with pytest.raises(UnsupportedFormat, match="an embedding in fp8, or with its columns out of order"):
+        cpu.embedding(packed, np.zeros(1, np.int32), cpu.empty((1, 90)))
+
+
+@pytest.mark.parametrize("form", EMBEDDED)
 @pytest.mark.parametrize("shape", [(65, 96), (200, 33), (3, 40)], ids=str)
 def test_packed_dequantizes_and_embeds_exactly(cpu, exact, rng, form, shape):
     n, k = shape

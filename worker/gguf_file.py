@@ -65,8 +65,8 @@ class GGUFFile:
         self._at = 0
         try:
             self.tensors = self._parse()
-        except (struct.error, IndexError) as error:
-            raise self._truncated() from error
+        except (struct.error, IndexError, OverflowError) as error:
+            raise self._truncated() from error  # a length near 2**64 leads to a place that no index can name
 
     def __contains__(self, key: str) -> bool:
         return key in self._raw

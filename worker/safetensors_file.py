@@ -20,6 +20,7 @@ from flm.worker.mapped_file import MappedFile
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMS = 32  # NumPy's
 
 # bfloat16 and float8 are given as their bits
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -93,14 +94,15 @@ class SafetensorsFile:
     def _entry(self, name: str, raw: Any, base: int) -> TensorEntry:
         try:
             dtype, shape, (start, stop) = raw["dtype"], raw["shape"], raw["data_offsets"]
-            whole = all(type(v) is int and v >= 0 for v in (*shape, start, stop))
+            whole = all(type(v) is int and 0 <= v < 2**63 for v in (*shape, start, stop))
         except (TypeError, KeyError, ValueError) as error:
             raise self._fail(
-                f"tensor {name!r}: expected dtype, shape and two data_offsets, found {raw!r}"
+                f"tensor {name!r}: expected dtype, shape and two data_offsets, found {raw!r:.200}"
             ) from error
-        if not whole or start > stop:
+        if not whole or start > stop or len(shape) > MAX_DIMS:
             raise self._fail(
-                f"tensor {name!r}: shape and data_offsets must be whole numbers >= 0 in order, found {raw!r}"
+                f"tensor {name!r}: up to {MAX_DIMS} sizes and two data_offsets in order, whole numbers >= 0 and "
+                f"< 2**63, expected, found {raw!r:.200}"
             )
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise self._fail(

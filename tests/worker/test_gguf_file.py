@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 from gguf_writer import add_matrix, gguf_from_directory, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
@@ -132,6 +136,11 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "long array": (header(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 4, 2**61)), "truncated or corrupt"),
     "long strings": (header(3, 0, 1, text("k") + struct.pack("<IIQ", 9, 8, 2**62)), "truncated or corrupt"),
     "long text": (header(3, 0, 1, text("k") + struct.pack("<IQ", 8, 2**63)), "truncated or corrupt"),
+    "endless text": (header(3, 0, 1, text("k") + struct.pack("<IQ", 8, 2**64 - 1)), "truncated or corrupt"),
+    "endless entry": (
+        header(3, 0, 1, text("k") + struct.pack("<IIQQ", 9, 8, 2, 2**64 - 1)),
+        "truncated or corrupt",
+    ),
     "key": (header(3, 0, 1, struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)), "not UTF-8"),
     "dimensions": (header(3, 1, 0, tensor("w", [1] * 5, 0)), "'w': 1 to 4 dimensions expected, found 5"),
     "unknown type": (header(3, 1, 0, tensor("w", [32, 2], 77)), "'w' has GGML type number 77, which is not"),
@@ -155,6 +164,39 @@ def test_broken_headers(tmp_path: Path, case: str) -> None:
         GGUFFile(path)
     assert message in str(caught.value)
     assert caught.value.file == str(path)
+
+
+NUMBERS = st.one_of(
+    st.integers(0, 40),
+    st.sampled_from([2**16, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 64, 2**64 - 8, 2**64 - 1]),
+)
+PIECES = st.one_of(
+    NUMBERS.map(lambda n: struct.pack("<Q", n)),
+    NUMBERS.map(lambda n: struct.pack("<I", n % 2**32)),
+    st.binary(max_size=9),
+    st.sampled_from(["k", "general.alignment", "ä"]).map(text),
+    st.builds(tensor, st.just("w"), st.lists(NUMBERS, max_size=5), st.integers(0, 40), NUMBERS),
+    st.builds(
+        lambda key, kind, count: text(key) + struct.pack("<IIQ", 9, kind, count),
+        st.sampled_from(["k", "general.alignment"]),
+        st.sampled_from([0, 4, 7, 8, 8, 8, 9, 12, 13]),
+        st.integers(0, 3) | NUMBERS,
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(st.integers(2, 3), st.integers(0, 3), st.integers(0, 3), st.lists(PIECES, max_size=12))
+def test_no_header_raises_anything_else(version: int, tensors: int, fields: int, rest: list[bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.gguf"
+        path.write_bytes(header(version, tensors, fields, b"".join(rest)))
+        with suppress(CheckpointError):
+            file = GGUFFile(path)
+            for key in file.keys_under(""):
+                file.get(key)
+            for name in file.tensors:
+                file.read(name)
 
 
 def test_alignment_must_be_a_number(tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from flm.kernels.quant import bfloat16_bits
@@ -96,6 +100,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "bytes against shape": ({"w": entry("F32", [2, 2], 0, 8)}, "needs 16 bytes, its data_offsets hold 8"),
     "beyond the end": ({"w": entry("F32", [3], 0, 12)}, "truncated: tensor 'w' ends at byte"),
     "huge": ({"w": entry("F32", [2**40, 2**40], 0, 8)}, "needs"),
+    "more digits than Python prints": ({"w": entry("F32", [2**62] * 9999, 0, 8)}, "up to 32 sizes"),
+    "an endless size": ({"w": entry("F32", [2**64], 0, 8)}, "< 2**63"),
     "negative": ({"w": entry("F32", [-2], -8, 0)}, ">= 0"),
     "swapped": ({"w": entry("F32", [2], 8, 0)}, "in order"),
     "float shape": ({"w": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "whole numbers"),
@@ -115,6 +121,36 @@ def test_broken_headers(tmp_path: Path, case: str) -> None:
         SafetensorsFile(path)
     assert message in str(caught.value)
     assert caught.value.file == str(path)
+
+
+SIZES = st.one_of(st.integers(-2, 9), st.sampled_from([2**31, 2**63 - 1, 2**64, 10**4299]))
+VALUES = st.recursive(
+    SIZES | st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.just("F32"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "U8", "BF16"]) | VALUES,
+        "shape": st.lists(SIZES, max_size=40) | VALUES,
+        "data_offsets": st.tuples(SIZES, SIZES).map(list) | VALUES,
+    },
+)
+HEADERS = (
+    st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRIES | VALUES, max_size=3) | VALUES
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(HEADERS.map(lambda header: json.dumps(header).encode()) | st.binary(max_size=40))
+def test_no_header_raises_anything_else(header: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "m.safetensors", header, bytes(40))
+        with suppress(CheckpointError):
+            file = SafetensorsFile(path)
+            for name in file.tensors:
+                file.read(name)
 
 
 def test_an_absurd_header_length_is_not_read(tmp_path: Path) -> None:

@@ -65,8 +65,10 @@ def check_cut(demand: Demand, shapes: Shapes) -> None:
             f"expected at most {m.max_position}, the model's own, got {demand.max_context}",
             field="max_context",
         )
-    if tp > m.heads:
-        raise ConfigError(f"{tp} ranks are too many for {m.heads} attention heads", field="tensor_parallel")
+    if tp > m.attention.heads:
+        raise ConfigError(
+            f"{tp} ranks are too many for {m.attention.heads} attention heads", field="tensor_parallel"
+        )
     if ep == 1:
         return
     if not shapes.experts:
@@ -97,7 +99,7 @@ def context(demand: Demand, shapes: Shapes) -> int:
 def _weights(demand: Demand, shapes: Shapes, shard: ShardSpec) -> tuple[int, int]:
     held = read = 0.0
     for weight in shapes.weights:
-        bits = weight.bits(demand.quantization, shapes.config.head_dim)
+        bits = weight.bits(demand.quantization, shapes.config.attention.head_dim)
         size = weight.elements * bits / 8 * shapes.share(weight.split, shard, demand.expert_parallel)
         held += size
         read += size * weight.read

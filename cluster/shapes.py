@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flm.worker.canonical import EMBEDDING, LM_HEAD, VOCABULARY, decoder_tensors
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
-from flm.worker.config import ModelConfig, RopeConfig, ShardSpec, split_evenly
-from flm.worker.families import llama
+from flm.worker.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    RopeConfig,
+    ShardSpec,
+    split_evenly,
+)
+from flm.worker.families import registry
 from flm.worker.families.fields import Fields, read_json
 from flm.worker.paths import resolve_model_path
 from flm.worker.precision import DEFAULT_GROUP, SMALL_GROUP, target_format
@@ -19,9 +28,6 @@ from flm.worker.weights import shard_spec
 FLOAT_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 _QWEN, _DEEPSEEK = "QWenLMHeadModel", "DeepseekV2ForCausalLM"
 _NOT_SERVED = {name: f"{name} can be planned but not yet served" for name in (_QWEN, _DEEPSEEK)}
-_VOCABULARY = (llama.EMBEDDING, llama.LM_HEAD)
-_SPLITS = {"q_proj": "heads", "o_proj": "heads", "k_proj": "kv", "v_proj": "kv", "lm_head": "vocab"}
-_SPLITS |= {"gate_proj": "ffn", "up_proj": "ffn", "down_proj": "ffn", "embed_tokens": "vocab"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Weight:
         if self.cols == 1:
             return 32.0  # vectors are kept in float32
         wanted = target_format(self.storage.format, quantization)
-        if quantization == "int4" and self.name in _VOCABULARY:
+        if quantization == "int4" and self.name in VOCABULARY:
             wanted = "int8"
         if wanted in FLOAT_BITS:
             return FLOAT_BITS[wanted]
@@ -82,26 +88,17 @@ class Shapes:
 
     def share(self, split: str, shard: ShardSpec, expert_parallel: int) -> float:
         """The part of a weight with that split which one rank holds."""
-        m = self.config
         if split == "experts":
             spans = split_evenly(self.experts, expert_parallel)
             within = shard.tp_size // expert_parallel  # ranks that share an expert by its columns
             return spans[shard.tp_rank % expert_parallel].size / self.experts / within
-        held = {
-            "heads": (shard.heads.size, m.heads),
-            "kv": (shard.kv_heads.size, m.kv_heads),
-            "ffn": (shard.intermediate.size, m.intermediate),
-            "vocab": (shard.vocab.size, m.vocab),
-            "whole": (1, 1),
-        }
-        part, whole = held[split]
-        return part / whole
+        return shard.share(split)
 
     def kv_values_per_token(self, shard: ShardSpec) -> int:
         """Cached values per token on the rank that holds the most; an MLA cache is the same on every rank."""
         m = self.config
         heads = max(shard.for_rank(rank).kv_heads.size for rank in range(shard.tp_size))
-        return m.layers * (self.latent or 2 * heads * m.head_dim)
+        return m.layers * (self.latent or 2 * heads * m.attention.head_dim)
 
 
 def read_shapes(path: str) -> Shapes:
@@ -111,7 +108,7 @@ def read_shapes(path: str) -> Shapes:
     found = resolve_model_path(path)
     if found.is_file() or any(found.glob("*.safetensors")):
         checkpoint = open_checkpoint(found)
-        weights = _decoder(checkpoint.config, {n: checkpoint.storage(n) for n in _names(checkpoint.config)})
+        weights = _decoder(checkpoint.config, {n: checkpoint.storage(n) for n in checkpoint.shapes})
         return Shapes(checkpoint.config, weights, checkpoint.quantization, checkpoint=checkpoint)
     fields = read_json(found / "config.json")
     names = fields.get("architectures")
@@ -122,27 +119,19 @@ def read_shapes(path: str) -> Shapes:
     storage = Storage(dtype, dtype, 0, 0)
     if architecture == _DEEPSEEK:
         return _deepseek_v2(fields, storage)
-    config = _qwen(fields) if architecture == _QWEN else llama.read_config(found)
-    weights = _decoder(config, dict.fromkeys(_names(config), storage))
+    config = _qwen(fields) if architecture == _QWEN else registry.read_config(found)[0]
+    weights = _decoder(config, dict.fromkeys(decoder_tensors(config), storage))
     reason = f"{found} holds config.json but no weights (*.safetensors)"
     return Shapes(config, weights, dtype, unservable=_NOT_SERVED.get(architecture, reason))
 
 
-def _names(config: ModelConfig) -> list[str]:
-    return list(llama.expected_shapes(config))
-
-
 def _decoder(config: ModelConfig, storage: dict[str, Storage]) -> tuple[Weight, ...]:
-    """A Llama-like decoder's weights. An embedding that is not also the head is read one row per token."""
+    """A decoder's weights. An embedding that is not also the head is read one row per token."""
     weights = []
-    for name, shape in llama.expected_shapes(config).items():
-        stem = name.split(".")[-2]
-        split = _SPLITS.get(stem, "whole")
-        read = 1 / config.vocab if name == llama.EMBEDDING and not config.tie_embeddings else 1.0
-        if name.endswith(".bias") and stem in ("o_proj", "down_proj"):
-            split = "whole"
-        cols = shape[1] if len(shape) == 2 else 1
-        weights.append(Weight(name, shape[0], cols, split, storage[name], read=read))
+    for name, spec in decoder_tensors(config).items():
+        read = 1 / config.vocab if name == EMBEDDING and not config.tie_embeddings else 1.0
+        cols = spec.shape[1] if len(spec.shape) == 2 else 1
+        weights.append(Weight(name, spec.shape[0], cols, spec.split, storage[name], read=read))
     return tuple(weights)
 
 
@@ -153,15 +142,17 @@ def _qwen(fields: Fields) -> ModelConfig:
         family="qwen",
         hidden=hidden,
         layers=fields.integer("num_hidden_layers"),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=fields.integer("kv_channels", hidden // heads),
-        intermediate=fields.integer("intermediate_size") // 2,
         vocab=fields.integer("vocab_size"),
         max_position=fields.integer("seq_length"),
-        norm_eps=fields.number("layer_norm_epsilon"),
-        rope=RopeConfig(theta=fields.number("rotary_emb_base", 10000.0)),
-        attention_bias=True,
+        norm=NormConfig(fields.number("layer_norm_epsilon")),
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=heads,
+            head_dim=fields.integer("kv_channels", hidden // heads),
+            rope=RopeConfig(theta=fields.number("rotary_emb_base", 10000.0)),
+            qkv_bias=True,
+        ),
+        feed_forward=FeedForwardConfig(fields.integer("intermediate_size") // 2),
     )
 
 
@@ -179,26 +170,28 @@ def _deepseek_v2(fields: Fields, storage: Storage) -> Shapes:
         family="deepseek_v2",
         hidden=hidden,
         layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=nope + rope,
-        intermediate=fields.integer("intermediate_size"),
         vocab=fields.integer("vocab_size"),
         max_position=fields.integer("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps"),
-        rope=RopeConfig(theta=fields.number("rope_theta", 10000.0), rotary_dim=rope),
+        norm=NormConfig(fields.number("rms_norm_eps")),
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=heads,
+            head_dim=nope + rope,
+            rope=RopeConfig(theta=fields.number("rope_theta", 10000.0), rotary_dim=rope),
+        ),
+        feed_forward=FeedForwardConfig(fields.integer("intermediate_size")),
     )
     sparse, shared = layers - dense, width * fields.integer("n_shared_experts")
     query = fields.get("q_lora_rank")
     rows: list[tuple[str, int, int, str, int, float]] = [
-        (llama.EMBEDDING, config.vocab, hidden, "vocab", 1, 1 / config.vocab),
-        (llama.LM_HEAD, config.vocab, hidden, "vocab", 1, 1.0),
+        (EMBEDDING, config.vocab, hidden, "vocab", 1, 1 / config.vocab),
+        (LM_HEAD, config.vocab, hidden, "vocab", 1, 1.0),
         ("norms", hidden, 1, "whole", 2 * layers + 1, 1.0),
         ("kv_a", rank + rope, hidden, "whole", layers, 1.0),
         ("kv_a_norm", rank, 1, "whole", layers, 1.0),
         ("kv_b", heads * (nope + value), rank, "heads", layers, 1.0),
         ("output", hidden, heads * value, "heads", layers, 1.0),
-        ("dense mlp", 3 * config.intermediate, hidden, "ffn", dense, 1.0),
+        ("dense mlp", 3 * config.feed_forward.intermediate, hidden, "ffn", dense, 1.0),
         ("router", experts, hidden, "whole", sparse, 1.0),
         ("shared experts", 3 * shared, hidden, "ffn", sparse, 1.0),
         ("experts", 3 * width * experts, hidden, "experts", sparse, top_k / experts),

@@ -23,34 +23,63 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
+class NormConfig:
+    """A normalisation over the hidden width: `kind` "rms" (scale only) or "layer" (mean removed; `bias` where it has one)."""
+
+    eps: float
+    kind: str = "rms"
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention: `kv_heads` key-value heads, each shared by heads / kv_heads query heads."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    qkv_bias: bool = False
+    output_bias: bool = False
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by before the softmax."""
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True)
+class FeedForwardConfig:
+    """down(silu(gate(x)) * up(x)), `intermediate` values wide."""
+
+    intermediate: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The family-neutral description of one decoder, made from config.json or GGUF by `families/`."""
 
     family: str
     hidden: int
     layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
     vocab: int
     max_position: int
-    norm_eps: float
-    rope: RopeConfig
+    norm: NormConfig
+    attention: AttentionConfig
+    feed_forward: FeedForwardConfig
     tie_embeddings: bool = False
-    attention_bias: bool = False  # on q, k, v
-    output_bias: bool = False  # on the attention output
-    mlp_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
-    @property
-    def heads_per_kv(self) -> int:
-        return self.heads // self.kv_heads
-
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V of one token over all layers, unsharded."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+        a = self.attention
+        return 2 * self.layers * a.kv_heads * a.head_dim * itemsize
 
 
 @dataclass(frozen=True)
@@ -97,34 +126,34 @@ class ShardSpec:
     @cached_property
     def kv_heads(self) -> Span:
         """KV heads this rank holds."""
-        m, tp = self.model, self.tp_size
-        if tp <= m.kv_heads:
-            return split_evenly(m.kv_heads, tp)[self.tp_rank]
+        a, tp = self.model.attention, self.tp_size
+        if tp <= a.kv_heads:
+            return split_evenly(a.kv_heads, tp)[self.tp_rank]
         owner = self._kv_owner(self.tp_rank)
         return Span(owner, owner + 1)
 
     @cached_property
     def heads(self) -> Span:
         """Query heads this rank computes; whole KV groups, or a part of one where tp > kv_heads."""
-        m, tp = self.model, self.tp_size
-        if tp <= m.kv_heads:
-            return self.kv_heads.scaled(m.heads_per_kv)
+        a, tp = self.model.attention, self.tp_size
+        if tp <= a.kv_heads:
+            return self.kv_heads.scaled(a.heads_per_kv)
         owner = self._kv_owner(self.tp_rank)
         sharers = [r for r in range(tp) if self._kv_owner(r) == owner]
-        part = split_evenly(m.heads_per_kv, len(sharers))[sharers.index(self.tp_rank)]
-        base = owner * m.heads_per_kv
+        part = split_evenly(a.heads_per_kv, len(sharers))[sharers.index(self.tp_rank)]
+        base = owner * a.heads_per_kv
         return Span(base + part.start, base + part.stop)
 
     def _kv_owner(self, rank: int) -> int:
-        spans = split_evenly(self.tp_size, self.model.kv_heads)
+        spans = split_evenly(self.tp_size, self.model.attention.kv_heads)
         return next(h for h, s in enumerate(spans) if s.start <= rank < s.stop)
 
     @cached_property
     def intermediate(self) -> Span:
         """Rows of gate and up, columns of down."""
-        units = -(-self.model.intermediate // self.group)
+        units = -(-self.model.feed_forward.intermediate // self.group)
         span = split_evenly(units, self.tp_size)[self.tp_rank].scaled(self.group)
-        return Span(span.start, min(span.stop, self.model.intermediate))
+        return Span(span.start, min(span.stop, self.model.feed_forward.intermediate))
 
     @cached_property
     def vocab(self) -> Span:
@@ -137,9 +166,22 @@ class ShardSpec:
     @property
     def q_rows(self) -> Span:
         """Rows of q_proj, and columns of o_proj."""
-        return self.heads.scaled(self.model.head_dim)
+        return self.heads.scaled(self.model.attention.head_dim)
 
     @property
     def kv_rows(self) -> Span:
         """Rows of k_proj and v_proj."""
-        return self.kv_heads.scaled(self.model.head_dim)
+        return self.kv_heads.scaled(self.model.attention.head_dim)
+
+    def share(self, split: str) -> float:
+        """The part of a tensor that this rank holds, by the axis that ranks share it by (see canonical.TensorSpec)."""
+        m = self.model
+        parts = {
+            "heads": (self.heads.size, m.attention.heads),
+            "kv": (self.kv_heads.size, m.attention.kv_heads),
+            "ffn": (self.intermediate.size, m.feed_forward.intermediate),
+            "vocab": (self.vocab.size, m.vocab),
+            "whole": (1, 1),
+        }
+        part, whole = parts[split]
+        return part / whole

@@ -80,14 +80,17 @@ class Rank:
         m = self.shard
         self._caches = [
             self.backend.kv_cache(
-                self.num_blocks, spec.block_size, m.kv_heads.size, m.model.head_dim, KV_DTYPES[spec.kv_dtype]
+                self.num_blocks,
+                spec.block_size,
+                m.kv_heads.size,
+                m.model.attention.head_dim,
+                KV_DTYPES[spec.kv_dtype],
             )
             for _ in range(m.model.layers)
         ]
         weights = load_weights(self.checkpoint, self.shard, spec.quantization, on_progress)
         self.model = Decoder(
             weights,
-            self.shard,
             self.backend,
             self._comm,
             self._caches,

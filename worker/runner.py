@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import Backend, Graph
-from flm.worker.model import Decoder, StepInputs
+from flm.worker.layers.loading import StepInputs
+from flm.worker.model import Decoder
 from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
 from flm.worker.sampling import SamplingRow, build_batch
 

@@ -1,7 +1,8 @@
-"""Tensors under canonical names, out of safetensors or GGUF."""
+"""Tensors under the checkpoint's own names, out of safetensors or GGUF."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from flm.kernels.gguf_blocks import BLOCK_TYPES
 from flm.kernels.quant import QuantizedMatrix, from_float, from_gguf_blocks, to_float32
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.families.llama_gguf import gguf_name, is_interleaved
 from flm.worker.gguf_file import GGUFFile
 from flm.worker.safetensors_file import SafetensorsFile
 
@@ -37,6 +37,9 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path, tensors: dict[str, SafetensorsFile]) -> None:
         self._directory, self._tensors = directory, tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -66,52 +69,47 @@ class SafetensorsSource:
 
 
 class GGUFSource:
-    """Tensors of a llama GGUF, q and k put into rotate-half order."""
+    """Tensors of a GGUF file."""
 
-    def __init__(self, file: GGUFFile, head_dim: int) -> None:
-        self._file, self._head_dim = file, head_dim
+    def __init__(self, file: GGUFFile) -> None:
+        self._file = file
+
+    def names(self) -> Iterable[str]:
+        return self._file.tensors
 
     def has(self, name: str) -> bool:
-        return gguf_name(name) in self._file.tensors
+        return name in self._file.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.tensors[gguf_name(name)].shape
+        return self._file.tensors[name].shape
 
     def storage(self, name: str) -> Storage:
-        tensor = self._file.tensors[gguf_name(name)]
+        tensor = self._file.tensors[name]
         if tensor.type in _FORMATS:
             return Storage(_FORMATS[tensor.type], _FORMATS[tensor.type], 0, tensor.nbytes)
         kind = BLOCK_TYPES[tensor.type]
         return Storage(tensor.type, "int4" if kind.bits == 4 else "int8", kind.group, tensor.nbytes)
 
     def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
-        raw_name = gguf_name(name)
-        tensor = self._file.tensors[raw_name]
+        tensor = self._file.tensors[name]
         # whole blocks around the columns: a block of the k-quants holds several groups
         around = Span(cols.start // tensor.block * tensor.block, -(-cols.stop // tensor.block) * tensor.block)
-        raw = self._file.read(raw_name, rows, around)
+        raw = self._file.read(name, rows, around)
         try:
             matrix = _decode(raw, tensor.type, (rows.size, around.size))
         except KernelError as error:
-            raise CheckpointError(str(self._file.path), f"tensor {raw_name!r}: {error}") from error
+            raise CheckpointError(str(self._file.path), f"tensor {name!r}: {error}") from error
         if around != cols:
             matrix = matrix.slice_cols(cols.start - around.start, cols.stop - around.start)
-        return matrix.permute_rows(self._halves(rows.size)) if is_interleaved(name) else matrix
+        return matrix
 
     def vector(self, name: str, span: Span) -> NDArray[np.float32]:
-        raw_name = gguf_name(name)
-        tensor = self._file.tensors[raw_name]
-        whole = from_gguf_blocks(self._file.read(raw_name), tensor.type, (1, tensor.shape[0])).dequantize()[0]
-        values = whole[span.start : span.stop].copy()
-        return values[self._halves(span.size)] if is_interleaved(name) else values
+        tensor = self._file.tensors[name]
+        whole = from_gguf_blocks(self._file.read(name), tensor.type, (1, tensor.shape[0])).dequantize()[0]
+        return whole[span.start : span.stop].copy()
 
     def drop_pages(self) -> None:
         self._file.drop_pages()
-
-    def _halves(self, rows: int) -> NDArray[np.int64]:
-        """Which row of whole interleaved heads stands in each row of the rotate-half order."""
-        pairs = np.arange(rows).reshape(-1, self._head_dim // 2, 2)
-        return pairs.transpose(0, 2, 1).reshape(-1)
 
 
 def _decode(raw: NDArray[np.uint8], type: str, shape: tuple[int, int]) -> QuantizedMatrix:

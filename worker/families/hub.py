@@ -1,0 +1,80 @@
+"""Reading config.json: what the families of the hub have in common."""
+
+from __future__ import annotations
+
+from flm.worker.config import ModelConfig, RopeConfig
+from flm.worker.errors import CheckpointError
+from flm.worker.families.fields import Fields, read_json
+
+_ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3")
+
+
+def check_activation(fields: Fields) -> None:
+    """CheckpointError unless gates go through SiLU."""
+    if fields.get("hidden_act") not in (None, "silu", "swish"):
+        raise fields.fail(f"hidden_act: 'silu' expected, found {fields.get('hidden_act')!r}")
+
+
+def first_token(fields: Fields) -> int | None:
+    """The token that a text begins with."""
+    ids = fields.token_ids("bos_token_id")
+    return ids[0] if ids else None
+
+
+def end_tokens(fields: Fields) -> tuple[int, ...]:
+    """The ends of sequence of config.json and of generation_config.json together."""
+    ids = fields.token_ids("eos_token_id")
+    generation = fields.file.parent / "generation_config.json"
+    if generation.is_file():
+        ids += read_json(generation).token_ids("eos_token_id")
+    return tuple(sorted(set(ids)))
+
+
+def rope(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
+    """`rope_parameters` (transformers ≥ 5), or `rope_scaling` beside `rope_theta`."""
+    scaling = fields.section("rope_parameters") or fields.section("rope_scaling") or Fields(fields.file, {})
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in _ROPE_SCALINGS:
+        raise fields.fail(f"rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE_SCALINGS)}")
+    theta = scaling if scaling.get("rope_theta") is not None else fields
+    part = scaling if scaling.get("partial_rotary_factor") is not None else fields
+    rotary_dim = int(head_dim * part.number("partial_rotary_factor", 1.0))
+    plain = RopeConfig(theta=theta.number("rope_theta", 10000.0), rotary_dim=rotary_dim)
+    if kind == "default":
+        return plain
+    return RopeConfig(
+        theta=plain.theta,
+        rotary_dim=rotary_dim,
+        scaling=kind,
+        factor=scaling.number("factor"),
+        low_freq_factor=scaling.number("low_freq_factor") if kind == "llama3" else 1.0,
+        high_freq_factor=scaling.number("high_freq_factor") if kind == "llama3" else 4.0,
+        original_max_position=scaling.integer(
+            "original_max_position_embeddings", *(() if kind == "llama3" else (max_position,))
+        ),
+    )
+
+
+def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """The config itself. Raises CheckpointError where its sizes cannot belong together."""
+    a, r = config.attention, config.attention.rope
+    wrong = [
+        (a.heads % a.kv_heads, f"{a.heads} attention heads cannot be shared by {a.kv_heads} key-value heads"),
+        (a.head_dim % 2, f"an even head size expected, found {a.head_dim}"),
+        (
+            r.rotary_dim % 2 or not 0 < r.rotary_dim <= a.head_dim,
+            f"an even rotary size of at most {a.head_dim} (the head size) expected, found {r.rotary_dim}",
+        ),
+        (
+            r.scaling == "llama3" and r.low_freq_factor >= r.high_freq_factor,
+            f"rope scaling: low_freq_factor {r.low_freq_factor} must be below {r.high_freq_factor}, high_freq_factor",
+        ),
+        (
+            any(i >= config.vocab for i in config.eos_token_ids),
+            f"eos_token_id: ids below the vocabulary's {config.vocab} expected, found {list(config.eos_token_ids)}",
+        ),
+    ]
+    for bad, message in wrong:
+        if bad:
+            raise CheckpointError(str(fields.file), message)
+    return config

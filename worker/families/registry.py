@@ -1,0 +1,49 @@
+"""Which family a checkpoint belongs to."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from flm.worker.config import ModelConfig
+from flm.worker.families import gguf, hub
+from flm.worker.families.family import Family
+from flm.worker.families.fields import Fields, read_json
+from flm.worker.families.llama import INTERNLM, LLAMA
+from flm.worker.gguf_file import GGUFFile
+
+FAMILIES = (LLAMA, INTERNLM)
+
+
+def read_config(directory: Path) -> tuple[ModelConfig, Family]:
+    """The decoder that a Hugging Face directory's config.json describes, in transformers' old or new spelling.
+
+    Raises CheckpointError naming the file, the field and what was expected; for an unknown architecture also the
+    nearest supported one."""
+    fields = read_json(directory / "config.json")
+    family = _family(fields)
+    quantized = fields.section("quantization_config")
+    if quantized is not None:
+        method = quantized.get("quant_method")
+        raise fields.fail(
+            f"quantization_config {method!r} is not supported; expected float weights (or a .gguf file)"
+        )
+    return hub.validated(family.read(fields), fields), family
+
+
+def read_gguf(file: GGUFFile) -> tuple[ModelConfig, Family]:
+    """The decoder that a GGUF file's metadata describes. Raises CheckpointError."""
+    config = gguf.read_config(file)
+    return hub.validated(config, Fields(file.path, {})), gguf.family(config)
+
+
+def _family(fields: Fields) -> Family:
+    names = fields.get("architectures")
+    found = names[0] if isinstance(names, list) and names else None
+    for family in FAMILIES:
+        if found in family.architectures and family.accepts(fields):
+            return family
+    supported = [name for family in FAMILIES for name in family.architectures]
+    nearest = get_close_matches(str(found), supported, 1, cutoff=0.5)
+    hint = f"; the nearest supported one is {nearest[0]}" if nearest else ""
+    raise fields.fail(f"architectures: {found!r} is not supported{hint}; supported: {', '.join(supported)}")

@@ -1,0 +1,59 @@
+"""Grouped-query attention (arXiv:2305.13245) over a paged cache, this rank's heads.
+
+Shape legend: T tokens of the step, E hidden, H this rank's query heads, J its KV heads, D head width, C = (H + 2J) * D,
+P positions, R half the rotary width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flm.kernels.backend import Backend, KVCache
+from flm.worker.layers.loading import Loading, StepInputs
+from flm.worker.rope import rope_tables
+
+Array = Any
+
+
+class Rotary:
+    """The rotary tables that all layers share."""
+
+    def __init__(self, loading: Loading, positions: int) -> None:
+        cos_PR, sin_PR = rope_tables(loading.shard.model.attention.rope, positions)
+        self.cos_PR, self.sin_PR = loading.backend.asarray(cos_PR), loading.backend.asarray(sin_PR)
+
+
+class Attention:
+    """One layer's attention. The sum over ranks is left to the caller."""
+
+    def __init__(self, loading: Loading, prefix: str, rotary: Rotary, cache: KVCache) -> None:
+        w, s, a = loading.weights, loading.shard, loading.shard.model.attention
+        self._ops: Backend = loading.backend
+        self._rotary, self._cache, self._scale = rotary, cache, a.scale
+        parts = [("q_proj", s.q_rows), ("k_proj", s.kv_rows), ("v_proj", s.kv_rows)]
+        self.qkv = loading.pack(w.fused(prefix, parts))
+        self.qkv_bias = loading.vector(w.fused_bias(prefix, parts))
+        self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, s.q_rows))
+        self.output_bias = loading.vector(w.bias_once(prefix + "o_proj.bias"))
+        heads, kv = s.heads.size, s.kv_heads.size
+        self._qkv_TC = loading.workspace.array("qkv", (heads + 2 * kv) * a.head_dim)
+        self._q_THD = loading.workspace.array("q", heads, a.head_dim)
+        self._out_THD = loading.workspace.array("attended", heads, a.head_dim)
+
+    def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:
+        """delta = this rank's part of attention(h); writes the tokens' K and V to the cache."""
+        ops, T = self._ops, len(h_TE)
+        qkv_TC, q_THD, out_THD = self._qkv_TC[:T], self._q_THD[:T], self._out_THD[:T]
+        cos_PR, sin_PR = self._rotary.cos_PR, self._rotary.sin_PR
+        ops.linear(h_TE, self.qkv, qkv_TC, self.qkv_bias)
+        ops.rope_kv_write(qkv_TC, inputs.positions_T, inputs.slots_T, cos_PR, sin_PR, self._cache, q_THD)
+        ops.paged_attention(
+            q_THD,
+            self._cache,
+            inputs.block_tables_SB,
+            inputs.sequence_T,
+            inputs.positions_T,
+            self._scale,
+            out_THD,
+        )
+        ops.linear(out_THD.reshape(T, -1), self.output, delta_TE, self.output_bias)

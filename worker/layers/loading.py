@@ -1,0 +1,63 @@
+"""What layers are made with, and what they are run on.
+
+Shape legend: T tokens of the step, S sequences, B blocks per sequence, P positions, R half the rotary width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flm.kernels.backend import Backend, PackedMatrix
+from flm.kernels.quant import QuantizedMatrix
+from flm.worker.config import ShardSpec
+from flm.worker.weights import ModelWeights
+
+Array = Any
+
+
+class Workspace:
+    """Activations for up to `max_tokens` tokens. Layers run one after another, so those that ask for the same name share
+    an array; a step of T tokens uses its first T rows, so that a captured step finds everything where it was."""
+
+    def __init__(self, backend: Backend, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._backend = backend
+        self._arrays: dict[tuple[str, tuple[int, ...]], Array] = {}
+
+    def array(self, name: str, *shape: int) -> Array:
+        """float32 [max_tokens, *shape]."""
+        if (name, shape) not in self._arrays:
+            self._arrays[name, shape] = self._backend.empty((self.max_tokens, *shape))
+        return self._arrays[name, shape]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Everything a layer's constructor takes its parts from."""
+
+    weights: ModelWeights
+    backend: Backend
+    workspace: Workspace
+    pack: Callable[[QuantizedMatrix], PackedMatrix]
+
+    @property
+    def shard(self) -> ShardSpec:
+        return self.weights.shard
+
+    def vector(self, values: Any) -> Array:
+        """A vector on the device; None stays None."""
+        return None if values is None else self.backend.asarray(values)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Device arrays of one step, all int32: ids_T, positions_T, slots_T (cache slot each token is written to),
+    sequence_T (row of block_tables_SB) and block_tables_SB (block numbers of every known sequence)."""
+
+    ids_T: Array
+    positions_T: Array
+    slots_T: Array
+    sequence_T: Array
+    block_tables_SB: Array

@@ -60,7 +60,12 @@ def test_demo_model(smollm2_reader: GGUFReader) -> None:
     checkpoint = open_checkpoint(path)
     c, a = checkpoint.config, checkpoint.config.attention
     assert (c.hidden, c.layers, a.heads, a.kv_heads, a.head_dim) == (576, 30, 9, 3, 64)
-    assert (c.feed_forward.intermediate, c.vocab, c.max_position, a.rope.theta) == (1536, 49152, 8192, 100000.0)
+    assert (c.feed_forward.intermediate, c.vocab, c.max_position, a.rope.theta) == (
+        1536,
+        49152,
+        8192,
+        100000.0,
+    )
     assert c.tie_embeddings
     assert not checkpoint.has("lm_head.weight")
     assert (c.bos_token_id, c.eos_token_ids, checkpoint.quantization) == (1, (2,), "Q4_1")

@@ -153,13 +153,9 @@ def _needs_one_rounding(scales: Array) -> bool:
     return scales.dtype == np.float32 and bool((np.ascontiguousarray(scales).view(np.uint32) & 0xFF).any())
 
 
-def fp8(codes_NK: Codes, scales_BC: NDArray[np.float32], first_row: int, first_col: int) -> QuantizedMatrix:
-    """float8 e4m3 codes [N, K] whose blocks of 128 x 128 have a float32 scale each, as part of a larger matrix: scales
-    [B, C] are those of the whole, first_row and first_col (a multiple of 128) where the part begins."""
+def fp8(codes_NK: Codes, scales_NG: NDArray[np.float32]) -> QuantizedMatrix:
+    """float8 e4m3 codes [N, K] with a scale for each row's every 128 inputs [N, G]."""
     n, k = codes_NK.shape
-    assert first_col % FP8_BLOCK == 0, first_col
-    groups = -(-k // FP8_BLOCK)
-    columns = scales_BC[:, first_col // FP8_BLOCK : first_col // FP8_BLOCK + groups]
-    scales = columns[(first_row + np.arange(n)) // FP8_BLOCK].astype(np.float32)
-    padded = codes_NK if groups * FP8_BLOCK == k else np.pad(codes_NK, ((0, 0), (0, groups * FP8_BLOCK - k)))
-    return QuantizedMatrix("fp8", (n, k), np.ascontiguousarray(padded), FP8_BLOCK, scales)
+    spare = -k % FP8_BLOCK
+    padded = np.pad(codes_NK, ((0, 0), (0, spare))) if spare else np.ascontiguousarray(codes_NK)
+    return QuantizedMatrix("fp8", (n, k), padded, FP8_BLOCK, np.ascontiguousarray(scales_NG, np.float32))

@@ -20,7 +20,7 @@ def weight(rng: np.random.Generator, form: str, n: int, k: int, group: int = 32)
     kind, _, variant = form.partition(" ")
     if kind == "fp8":
         codes = rng.integers(0, 256, (n, k), dtype=np.uint8) & 0xBF  # values below 2
-        return fp8(codes, rng.lognormal(-3, 1, (-(-n // 128), -(-k // 128))).astype(np.float32), 0, 0)
+        return fp8(codes, rng.lognormal(-3, 1, (n, -(-k // 128))).astype(np.float32))
     if variant == "ordered":
         bits, groups = int(kind[3:]), rng.permutation(np.arange(k) // group)
         codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)

@@ -1,0 +1,1 @@
+"""Quantised safetensors checkpoints: which packing a directory uses, and its weights as QuantizedMatrix."""

@@ -1,0 +1,67 @@
+"""A safetensors directory with quantised layers, as tensors under the checkpoint's own names.
+
+The parts of a layer (qweight, scales, …) are hidden, and its weight is there as a matrix in its own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from flm.kernels.errors import KernelError
+from flm.kernels.quant import QuantizedMatrix
+from flm.worker.config import Span
+from flm.worker.errors import CheckpointError
+from flm.worker.packing.module import Module, Packing
+from flm.worker.precision import fuse, row_pieces
+from flm.worker.safetensors_file import SafetensorsFile
+from flm.worker.tensor_source import SafetensorsSource, Storage
+
+ROWS_APART = 64  # pieces begin at rows that every packing's words begin at
+
+
+class PackedSource(SafetensorsSource):
+    """SafetensorsSource in which `packing` says what quantised layers hold."""
+
+    def __init__(self, directory: Path, tensors: dict[str, SafetensorsFile], packing: Packing) -> None:
+        super().__init__(directory, tensors)
+        self._packing = packing
+        self._modules = {stem + "weight": module for stem, module in self._find(tensors)}
+        self._storage: dict[str, Storage] = {}
+        parts = {module.stem + part for module in self._modules.values() for part in packing.parts}
+        self._names = [name for name in tensors if name not in parts] + list(self._modules)
+
+    def _find(self, tensors: dict[str, SafetensorsFile]) -> Iterable[tuple[str, Module]]:
+        for stem in dict.fromkeys(name.rpartition(".")[0] + "." for name in tensors):
+            module = Module(tensors, stem)
+            if self._packing.packs(module):
+                yield stem, module
+
+    def names(self) -> Iterable[str]:
+        return self._names
+
+    def has(self, name: str) -> bool:
+        return name in self._modules or super().has(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._packing.shape(self._modules[name]) if name in self._modules else super().shape(name)
+
+    def storage(self, name: str) -> Storage:
+        if name not in self._modules:
+            return super().storage(name)
+        if name not in self._storage:
+            try:
+                self._storage[name] = self._packing.storage(self._modules[name])
+            except KernelError as error:
+                raise CheckpointError(str(self._directory), f"tensor {name!r}: {error}") from error
+        return self._storage[name]
+
+    def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
+        if name not in self._modules:
+            return super().matrix(name, rows, cols)
+        module, step = self._modules[name], ROWS_APART
+        pieces = []
+        for start, stop in row_pieces(-(-rows.size // step), cols.size * step):
+            piece = Span(rows.start + start * step, min(rows.start + stop * step, rows.stop))
+            pieces.append(self._packing.matrix(module, piece, cols))
+        return pieces[0] if len(pieces) == 1 else fuse(pieces)

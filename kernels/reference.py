@@ -5,8 +5,6 @@ Shape legend: see backend.py. Each op computes in the backend's dtype (float64 f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,8 @@ from flm.kernels.backend import SamplingBatch
 from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.reference_experts import ReferenceExpertOps
+from flm.kernels.reference_latent import ReferenceLatentOps
 from flm.kernels.reference_sampling import sample_row, top_logprobs
 
 Array = NDArray[Any]
@@ -62,23 +62,8 @@ class ReferenceCache:
         return self.k.nbytes + self.v.nbytes
 
 
-class ReferenceGraph:
-    """Recorded calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[Callable[[], None]] = []
-
-    def replay(self) -> None:
-        for call in self.calls:
-            call()
-
-
-class ReferenceBackend:
+class ReferenceBackend(ReferenceExpertOps, ReferenceLatentOps):
     """The Backend protocol in NumPy. dtype: of the arithmetic, float32 or float64."""
-
-    def __init__(self, dtype: Any = np.float32) -> None:
-        self.dtype = np.dtype(dtype)
-        self._graph: ReferenceGraph | None = None
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         return np.empty(shape, dtype)
@@ -99,20 +84,6 @@ class ReferenceBackend:
             raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
         shape = (num_blocks * block_size, kv_heads, head_dim)
         return ReferenceCache(np.zeros(shape, dtype), np.zeros(shape, dtype), block_size)
-
-    @contextmanager
-    def capture(self) -> Iterator[ReferenceGraph]:
-        self._graph = graph = ReferenceGraph()
-        try:
-            yield graph
-        finally:
-            self._graph = None
-
-    def _do(self, call: Callable[[], None]) -> None:
-        if self._graph is None:
-            call()
-        else:
-            self._graph.calls.append(call)
 
     def linear(
         self,

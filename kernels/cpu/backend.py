@@ -6,15 +6,12 @@ Shape legend: see flm.kernels.backend.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
-from flm.kernels.cpu.arena import Arena
 from flm.kernels.cpu.arrays import (
     I32,
     CpuCache,
@@ -26,30 +23,21 @@ from flm.kernels.cpu.arrays import (
     sampling_fields,
 )
 from flm.kernels.cpu.configure import load_kernels
-from flm.kernels.cpu.graph import MISSING_COLUMN, CpuGraph, program_rows, raise_status
-from flm.kernels.cpu.opcodes import WORKERS
+from flm.kernels.cpu.emitter import SMALL
+from flm.kernels.cpu.expert_calls import ExpertCalls
+from flm.kernels.cpu.latent_calls import LatentCalls
+from flm.kernels.cpu.layout import CHUNK
 from flm.kernels.cpu.pack import CpuMatrix, aligned, pack
-from flm.kernels.errors import KernelError, ShapeError
+from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
 
 Array = NDArray[Any]
-SMALL = 60_000  # elements, or products, below which starting threads costs more than it saves
 TILE_ROWS = 24  # query rows of one attention task
-CHUNK = 48  # tokens of one linear task, as in linear.py
 
 
-class CpuBackend:
+class CpuBackend(ExpertCalls, LatentCalls):
     """threads: how many this backend's ops may use. One thread at a time may call it."""
-
-    def __init__(self, threads: int = 1) -> None:
-        self.threads = threads
-        kernels = load_kernels(threads)
-        self._run, self._ops, self._leaves = kernels.run, kernels.ops, kernels.leaves
-        self._graph: CpuGraph | None = None
-        self._arena = Arena()
-        self._row = program_rows(1)
-        self._area = aligned((1 << 16,), np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         return aligned(shape, dtype)
@@ -67,38 +55,6 @@ class CpuBackend:
         self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
     ) -> CpuCache:
         return make_cache(self._arena.take, num_blocks, block_size, kv_heads, head_dim, np.dtype(dtype))
-
-    @contextmanager
-    def capture(self) -> Iterator[CpuGraph]:
-        if self._graph is not None:
-            raise KernelError("capture() inside capture()")
-        self._graph = graph = CpuGraph(self._run)
-        try:
-            yield graph
-        finally:
-            self._graph = None
-
-    def _emit(self, op: str, fields: list[int], *keep: Any, workers: int = 1) -> None:
-        """Run a row or, while capturing, record it. keep: what the addresses point into, a collective's group last."""
-        padding = [0] * (WORKERS - 1 - len(fields))
-        row = [self._ops[op], *fields, *padding, workers]
-        if self._graph is not None:
-            self._graph.add(row, keep)
-            return
-        self._row[0, : len(row)] = row
-        status = self._run(self._row)
-        if status:
-            raise_status(status & 255, int(self._row[0, MISSING_COLUMN]), keep[-1])
-
-    def _workers(self, work: int, small: int) -> int:
-        """All threads, but one for work that is sooner done than shared."""
-        return self.threads if work >= small else 1
-
-    def _scratch(self, nbytes: int) -> Array:
-        """Working memory that ops share, since they run one after the other. Grows; graphs keep what they recorded."""
-        if nbytes > len(self._area):
-            self._area = aligned((nbytes + nbytes // 4,), np.uint8)
-        return self._area
 
     def linear(
         self,
@@ -127,16 +83,11 @@ class CpuBackend:
             address(scratch),
             area,
         ]
-        row += self._weight_leaves(weight.form)
+        row += [*self._weight_leaves(weight.form), N * 4]
         keep = (x_TK, weight, out_TN, bias_N, scratch)
         if weight.group:
             self._emit("prepare", row, *keep, workers=self._workers(T * K, 2 * SMALL))
         self._emit("linear", row, *keep, workers=self._workers(T * K * N, SMALL))
-
-    def _weight_leaves(self, form: str) -> list[int]:
-        if form in ("int4", "int8", "fp8"):
-            return [self._leaves[name] for name in (f"affine_{form}", f"convert_{form}", "affine_tile")]
-        return [self._leaves[f"plain_{form}"], 0, 0]
 
     def embedding(self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
         weight.check_embeds()

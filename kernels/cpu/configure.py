@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,19 @@ def load_kernels(threads: int) -> Kernels:
     return Kernels(
         run, {op.__name__: op.address for op in ops}, {leaf.__name__: leaf.address for leaf in leaves.LEAVES}
     )
+
+
+def load_ops(*modules: str) -> dict[str, int]:
+    """Addresses of the ops in modules of this folder that only some models need, after load_kernels."""
+    import numba
+
+    with _LOCK:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
+        try:
+            loaded = [import_module(f"flm.kernels.cpu.{name}") for name in modules]
+        finally:
+            numba.config.CACHE_DIR = before
+    return {op.__name__: op.address for module in loaded for op in module.OPS}
 
 
 def _launched() -> bool:

@@ -63,7 +63,7 @@ def silu_mul(address, worker):  # type: ignore
 
 
 @njit
-def _turn(source, target, D, R, cos, sin):  # type: ignore
+def turn_head(source, target, D, R, cos, sin):  # type: ignore
     """Rotate one head: column d pairs with d + R."""
     for d in range(R):
         first, second = source[d], source[d + R]
@@ -74,7 +74,7 @@ def _turn(source, target, D, R, cos, sin):  # type: ignore
 
 
 @njit
-def _store(address, stride, half, source, D):  # type: ignore
+def store_head(address, stride, half, source, D):  # type: ignore
     """Write a head to the cache, `stride` elements between columns."""
     if half != 0:
         for d in range(D):
@@ -94,16 +94,16 @@ def _rope_token(row, t):  # type: ignore
     cos, sin = f32_at(row[12] + position * R * 4, R), f32_at(row[13] + position * R * 4, R)
     base = row[1] + t * (H + 2 * J) * D * 4
     for h in range(H):
-        _turn(f32_at(base + h * D * 4, D), f32_at(row[16] + (t * H + h) * D * 4, D), D, R, cos, sin)
+        turn_head(f32_at(base + h * D * 4, D), f32_at(row[16] + (t * H + h) * D * 4, D), D, R, cos, sin)
     if slot < 0:
         return
     block, offset = slot // bs, slot % bs
     turned = f32_at(row[17] + t * D * 4, D)
     for j in range(J):
-        _turn(f32_at(base + (H + j) * D * 4, D), turned, D, R, cos, sin)
-        _store(row[14] + ((block * J + j) * D * bs + offset) * size, bs, half, turned, D)
+        turn_head(f32_at(base + (H + j) * D * 4, D), turned, D, R, cos, sin)
+        store_head(row[14] + ((block * J + j) * D * bs + offset) * size, bs, half, turned, D)
         v = f32_at(base + (H + J + j) * D * 4, D)
-        _store(row[15] + ((block * J + j) * bs + offset) * Dp * size, 1, half, v, D)
+        store_head(row[15] + ((block * J + j) * bs + offset) * Dp * size, 1, half, v, D)
 
 
 @cfunc(OP, cache=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 from numba import cfunc, njit
 
+from flm.kernels.cpu.layout import CHUNK
 from flm.kernels.cpu.leaves import call_leaf
 from flm.kernels.cpu.memory import copy, f32_at, fill, float_of_bits, i32_at, i64_at, load_half, u8_at, u32_at
 from flm.kernels.cpu.microkernels import FLOAT8, FLOAT16, FLOAT32, INT4, INT8
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, WORKERS, next_task, span
 from flm.kernels.cpu.vector import group_sum
 
-CHUNK = 48  # tokens that share one converted tile: accumulators, tile and x stay in the first-level cache
 DIRECT = 18  # tokens up to which reading the codes again for every 6 tokens is faster than converting tiles
 SPLIT = 32  # lanes of a piece, when panels do not divide evenly among threads
 
@@ -30,7 +30,7 @@ def take(values, index, target, count):  # type: ignore
 
 
 @njit
-def _prepare(row, t):  # type: ignore
+def prepare_token(row, t):  # type: ignore
     """Token t of x to the layout of the kernels: by groups (in the order that the weight gathers), for int4 scaled to
     where the nibbles stand, and its sums."""
     form, T, K, group, G, gather = row[1], row[3], row[4], row[7], row[8], row[17]
@@ -49,12 +49,12 @@ def _prepare(row, t):  # type: ignore
 
 
 @njit
-def _finish(T, lane, lanes, acc, N, out, bias, accumulate):  # type: ignore
-    """Write accumulators [T, 64] to out columns, with bias and the old contents if wanted."""
+def _finish(T, lane, lanes, acc, N, out, stride, bias, accumulate):  # type: ignore
+    """Write accumulators [T, 64] to out columns, with bias and the old contents if wanted. stride: bytes per token."""
     first = lane
     stop = min(lane + lanes, N)
     for t in range(T):
-        a, o = f32_at(acc + t * 256, 64), f32_at(out + t * N * 4, N)
+        a, o = f32_at(acc + t * 256, 64), f32_at(out + t * stride, N)
         base = (first // 64) * 64
         if bias != 0:
             shift = f32_at(bias, N)
@@ -106,7 +106,7 @@ def _quantised(row, panel, lane, lanes, t0, T, acc, tile):  # type: ignore
 
 
 @njit
-def _piece(row, panel, lane, lanes, t0, T, work):  # type: ignore
+def piece(row, panel, lane, lanes, t0, T, work):  # type: ignore
     """Outputs panel * 64 + lane .. + lanes for tokens t0 .. t0 + T. work: CHUNK * 64 floats, then the tile."""
     form, K, N = row[1], row[4], row[6]
     fill(work, T * 64, 0.0)
@@ -116,7 +116,7 @@ def _piece(row, panel, lane, lanes, t0, T, work):  # type: ignore
         width = 4 if form == FLOAT32 else 2
         w = row[5] + (panel * K * 64 + lane) * width
         call_leaf(row[20], (T, lanes, w, 64 * width, row[2] + t0 * K * 4, K * 4, K, work + lane * 4, 256))
-    _finish(T, panel * 64 + lane, lanes, work, N, row[12] + t0 * N * 4, row[13], row[14])
+    _finish(T, panel * 64 + lane, lanes, work, N, row[12] + t0 * row[23], row[23], row[13], row[14])
 
 
 @njit
@@ -128,10 +128,10 @@ def _task(row, i, whole, split, work):  # type: ignore
     t0 = c * CHUNK
     n = min(T - t0, CHUNK)
     if i < whole:
-        _piece(row, i, 0, 64, t0, n, work)
+        piece(row, i, 0, 64, t0, n, work)
     else:
         pieces = 64 // SPLIT
-        _piece(row, whole + (i - whole) // pieces, (i - whole) % pieces * SPLIT, SPLIT, t0, n, work)
+        piece(row, whole + (i - whole) // pieces, (i - whole) % pieces * SPLIT, SPLIT, t0, n, work)
 
 
 @cfunc(OP, cache=True)
@@ -142,7 +142,7 @@ def prepare(address, worker):  # type: ignore
     first = next_task(row) * size
     while first < row[3]:
         for t in range(first, min(first + size, row[3])):
-            _prepare(row, t)
+            prepare_token(row, t)
         first = next_task(row) * size
     return 0
 
@@ -151,7 +151,8 @@ def prepare(address, worker):  # type: ignore
 def linear(address, worker):  # type: ignore
     """row: 1 form, 2 x, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 bias,
     14 accumulate, 15 sums of x [G, T], 16 x as prepared [G, T, group], 17 the weight's gather or 0, 18 workers' areas, 19 bytes of one,
-    20 the leaf for up to 6 tokens (floats: any), 21 leaf to convert a tile, 22 leaf over tiles."""
+    20 the leaf for up to 6 tokens (floats: any), 21 leaf to convert a tile, 22 leaf over tiles, 23 bytes from one token
+    of out to the next."""
     row = i64_at(address, ROW_WIDTH)
     panels, chunks, workers = (row[6] + 63) // 64, (row[3] + CHUNK - 1) // CHUNK, row[WORKERS]
     whole = panels - panels % workers

@@ -175,3 +175,21 @@ def group_sum(ctx, x, out, count, prescale):  # type: ignore
         return tree(b, total, b.fadd)
 
     return types.float32(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def sigmoid(ctx, x, out, count):  # type: ignore
+    """out = 1 / (1 + exp(-x))."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, out, count = args
+
+        def body(ld: Any, st: Any, acc: list[Any]) -> list[Any]:
+            bottom = b.fadd(exp(b, b.fneg(ld(x))), const(VF32, 1.0))
+            st(out, b.fdiv(const(VF32, 1.0), bottom))
+            return acc
+
+        sweep(b, count, [], 0.0, body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen

@@ -119,7 +119,7 @@ def test_pre_tokenizers(pre: str | None, tmp_path: Path) -> None:
 BROKEN_GGUF: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pre": (
         lambda p: byte_level_gguf(p, "tekken"),
-        "pre: 'tekken' is not supported; supported: gpt-2, smollm",
+        "pre: 'tekken' is not supported; supported: gpt-2, mpt",
     ),
     "merge of nothing": (
         lambda p: byte_level_gguf(p, "gpt-2", lambda w: _put(w, "merges", ["zz yy"])),

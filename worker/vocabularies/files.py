@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from flm.worker.errors import CheckpointError
@@ -29,10 +30,45 @@ def load_tokenizer(path: Path) -> Tokenizer:
     )
 
 
-def _read(path: Path, config: TokenizerConfig) -> tuple[Vocabulary, tuple[str | None, str | None]]:
+def _read(path: Path, config: TokenizerConfig) -> tuple[Vocabulary, list[str | None]]:
     """The vocabulary, and its own tokens that begin and end a text. Libraries are imported as they are needed."""
     if (path / "tokenizer.json").is_file():
         from flm.worker.vocabularies import library
 
-        return library.read_json_file(path / "tokenizer.json"), (None, None)
+        return library.read_json_file(path / "tokenizer.json"), [None, None]
+    for name in ("tokenizer.model", "qwen.tiktoken", "ice_text.model"):
+        if (path / name).is_file():
+            return _read_model(path / name, config)
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        from flm.worker.vocabularies import library
+
+        return library.read_merges(path, config), [None, None]
     raise CheckpointError(str(path), f"expected {EXPECTED} in this directory")
+
+
+def _read_model(file: Path, config: TokenizerConfig) -> tuple[Vocabulary, list[str | None]]:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(str(file), f"cannot be read: {error.strerror or error}") from error
+    if file.name == "qwen.tiktoken" or is_rank_file(data):
+        from flm.worker.vocabularies import tiktoken_file
+
+        kind = tiktoken_file.QWEN if file.name == "qwen.tiktoken" else tiktoken_file.GLM4
+        return tiktoken_file.read(file, data, kind, config)
+    if file.name == "ice_text.model":
+        from flm.worker.vocabularies import glm
+
+        return glm.read_ice_text(file, data, config)
+    if config.kind == "ChatGLMTokenizer":
+        from flm.worker.vocabularies import glm
+
+        return glm.read_chatglm2(file, data)
+    from flm.worker.vocabularies import sentencepiece_model
+
+    return sentencepiece_model.read(file, data, config)
+
+
+def is_rank_file(data: bytes) -> bool:
+    """Whether this is a rank file ("base64 rank" a line) and no SentencePiece model: both are called tokenizer.model."""
+    return re.match(rb"[A-Za-z0-9+/=]+ \d+\r?(\n|\Z)", data[:4096]) is not None

@@ -85,15 +85,14 @@ def read(
     wrong = {spelt: token.id for spelt, token in config.added.items() if ids.get(spelt, token.id) != token.id}
     for spelt, i in wrong.items():
         raise config.fields.fail(f"added token {spelt!r}: id {ids[spelt]} of {file.name} expected, found {i}")
+    ids |= {spelt: token.id for spelt, token in added.items()}
     names = [config.token(name) or _piece(model, name) for name in ("bos_token", "eos_token")]
-    ends: list[list[int]] = []
-    for name, default, token in zip(("bos", "eos"), (True, False), names, strict=True):
-        i = added[token].id if token in added else ids.get(token or "")
-        ends.append([i] if i is not None and config.fields.flag(f"add_{name}_token", default) else [])
+    bos, eos = (ids.get(name) if name else None for name in names)
+    prefix = [bos] if bos is not None and config.fields.flag("add_bos_token", True) else []
+    suffix = [eos] if eos is not None and config.fields.flag("add_eos_token", False) else []
+    each_run = config.fields.get("legacy") is not False
     try:
-        vocabulary = SentencePieceVocabulary(
-            model, added, *ends, prefix_each_run=config.fields.get("legacy") is not False
-        )
+        vocabulary = SentencePieceVocabulary(model, added, prefix, suffix, each_run)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(str(file), f"SentencePiece refuses it: {error}") from error
     return vocabulary, names

@@ -1,8 +1,7 @@
-"""Everything that touches Ray: the head, the actors, and finding, starting and ending them.
+"""Everything that touches Ray: the head, the actors, and finding, starting and ending them. No token passes through it.
 
-Ray places processes, tells of their deaths and restarts the controller and the gateway. No token passes through it.
-All actors are detached and named within the cluster's namespace: whoever started them may die. Ranks are never restarted
-by Ray, for a group lives and dies as one.
+All actors are detached and named within the cluster's namespace: whoever started them may die. Ray restarts the
+controller and the gateway, but never a rank, for a group lives and dies as one.
 """
 
 from __future__ import annotations
@@ -12,14 +11,17 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants, services
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from flm.cluster.config import is_loopback
 from flm.cluster.loop_thread import LoopThread
 from flm.cluster.placement import RANKS_PER_CORE, Node
 from flm.cluster.rank_process import RankProcess, sigkill
@@ -33,10 +35,10 @@ log = logging.getLogger(__name__)
 
 CONTROLLER, GATEWAY, RANK = "controller", "gateway", "rank"
 OBJECT_STORE = 80_000_000  # bytes, about Ray's least; nothing of ours goes through it
+START_SECONDS, ANSWER_SECONDS = 60.0, 5.0  # of a process that imports for seconds; of one that runs
 KILL_GRACE = 0.5  # seconds for Ray's own way of killing before ours
 
 
-# ---------------------------------------------------------------------------------------------------- the head
 def start_head(port: int, folder: str, cpus: int) -> None:
     """Start a Ray head on 127.0.0.1:`port` with its files below `folder`; returns once it runs, on its own.
 
@@ -63,47 +65,61 @@ def start_head(port: int, folder: str, cpus: int) -> None:
     Head(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
 
 
-def connect(address: str, namespace: str) -> None:
-    """Join a running Ray cluster as a driver."""
+def auto_address() -> str:
+    """host:port of the Ray that RAY_ADDRESS names, or that runs here; "" where there is none."""
+    try:
+        return str(services.get_ray_address_from_environment("auto", None))
+    except ConnectionError:
+        return ""
+
+
+@contextmanager
+def connected(address: str, namespace: str) -> Iterator[None]:
+    """A driver of a running Ray cluster, for a while. Unavailable where it cannot be joined."""
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
-    signal.signal(signal.SIGTERM, handler)  # Ray takes it for itself, and keeps it after shutdown
+    if is_loopback(address):
+        ray_constants.ENABLE_RAY_CLUSTER = False  # else Ray looks for it at another address of this machine
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError) as error:
+        why = error.__cause__ or error
+        raise Unavailable(f"the Ray cluster at {address} cannot be joined: {why}") from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray takes it for itself, and keeps it after shutdown
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def start_cluster(address: str, spec: ClusterSpec) -> None:
-    """Create the controller and the gateway, in parallel. They outlive this process."""
-    connect(address, spec.namespace)
-    _named(GatewayActor, GATEWAY, max_restarts=-1).remote(spec)
-    _named(ControllerActor, CONTROLLER, max_restarts=-1, max_task_retries=-1).remote(spec)
-    ray.shutdown()
+    """Create the controller and the gateway, in parallel, on this node: their addresses are this machine's. They
+    outlive this process. Unavailable where Ray cannot start them."""
+    with connected(address, spec.namespace):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"max_restarts": -1, "scheduling_strategy": here}
+        _named(GatewayActor, GATEWAY, **options).remote(spec)
+        controller = _named(ControllerActor, CONTROLLER, max_task_retries=-1, **options).remote(spec)
+        try:
+            ray.get(controller.alive.remote(), timeout=START_SECONDS)
+        except RayError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise Unavailable(f"Ray at {address} did not start the controller: {said}") from None
 
 
 def _named(actor: Any, name: str, **options: Any) -> Any:
     return actor.options(name=name, lifetime="detached", num_cpus=options.pop("num_cpus", 0), **options)
 
 
-# ---------------------------------------------------------------------------------------------------- actors
 @ray.remote
-class RankActor:
+class RankActor(RankProcess):
     """One rank."""
 
     def __init__(self, spec: GroupSpec, rank: int, key: str) -> None:
-        self._process = RankProcess(spec, rank, ray.util.get_node_ip_address(), key)
+        super().__init__(spec, rank, ray.util.get_node_ip_address(), key)
 
     async def identity(self) -> tuple[GroupSpec, str]:
-        return self._process.spec, ray.get_runtime_context().get_node_id()
-
-    async def ended(self) -> str:
-        return await self._process.ended()
-
-    async def report(self) -> RankReport:
-        return await self._process.report()
-
-    async def drain(self) -> None:
-        await self._process.drain()
-
-    async def stop(self) -> None:
-        await self._process.stop()
+        return self.spec, ray.get_runtime_context().get_node_id()
 
 
 @ray.remote
@@ -144,7 +160,6 @@ class ControllerActor:
         return True
 
 
-# ------------------------------------------------------------------------------------------------ as the controller
 class RayRank:
     """A RankLink."""
 
@@ -205,7 +220,8 @@ class RayHost:
         found: dict[str, Adopted] = {}
         for rank, actor in [pair for pair in actors if pair is not None]:
             try:
-                spec, node_id = await asyncio.wait_for(_answer(actor.identity.remote()), 5.0)
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    spec, node_id = await actor.identity.remote()
             except (RayError, TimeoutError):
                 ray.kill(actor, no_restart=True)  # its group is not whole without it, and ends too
                 continue
@@ -253,27 +269,17 @@ def ray_nodes() -> list[Node]:
 
 def nodes_at(address: str) -> list[Node]:
     """The nodes of a running Ray cluster."""
-    connect(address, CONTROLLER)
-    try:
+    with connected(address, CONTROLLER):
         return ray_nodes()
-    finally:
-        ray.shutdown()
 
 
 def end_cluster(address: str, namespace: str) -> None:
-    """End every actor of a cluster that joined the Ray cluster at `address`, the controller first."""
-    connect(address, namespace)
-    names = ray.util.list_named_actors()
-    for name in sorted(names, key=lambda name: name != CONTROLLER):
-        try:
-            ray.kill(ray.get_actor(name, namespace), no_restart=True)
-        except ValueError:  # it has ended since it was listed
-            log.debug("%s is gone", name)
-    ray.shutdown()
-
-
-async def _answer(reference: Any) -> Any:
-    return await reference
+    """End every actor of a cluster that joined the Ray cluster at `address`, the controller first: it starts others."""
+    with connected(address, namespace):
+        while names := ray.util.list_named_actors():
+            for name in sorted(names, key=lambda name: name != CONTROLLER):
+                with suppress(ValueError):  # it has ended since it was listed
+                    ray.kill(ray.get_actor(name, namespace), no_restart=True)
 
 
 def _find(name: str, namespace: str) -> tuple[int, Any] | None:

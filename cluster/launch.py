@@ -19,7 +19,7 @@ from pathlib import Path
 from flm.cluster.admin_client import AdminClient
 from flm.cluster.config import ClusterConfig, load_config, unserved
 from flm.cluster.hardware import Hardware, measure_hardware
-from flm.cluster.hardware import Node as PlannedNode
+from flm.cluster.joined_ray import JoinedRay, answers, join_ray, require_answer
 from flm.cluster.plan import Plan, plan_cluster
 from flm.cluster.ray_head import ENVIRONMENT, RayHead, end_head, is_running, usable_cpus
 from flm.cluster.state import (
@@ -141,8 +141,18 @@ def finish_warming(warming: subprocess.Popen[bytes]) -> None:
         raise FlmError(f"the CPU kernels cannot be compiled: {message or kind}")
 
 
+def join(checked: Checked) -> JoinedRay:
+    """The running Ray cluster that the file names. ConfigError where it cannot be joined."""
+    try:
+        return join_ray(checked.config.ray.address)
+    except Unavailable as error:
+        message = f"{error}; expected auto or the host:port of one that runs, or local for a Ray of its own"
+        raise error_at(checked.text, checked.file, ("ray", "address"), message) from None
+
+
 def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | None) -> Endpoint:
-    """Create the controller and the gateway on the Ray cluster at `address`. From now on `end_cluster` undoes it."""
+    """Create the controller and the gateway on our own `head`, or on the Ray cluster at `address`. From now on
+    `end_cluster` undoes it."""
     if head is not None:
         os.environ |= ENVIRONMENT  # Ray reads it when it is imported
     from flm.cluster import actors
@@ -164,7 +174,7 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         gateway_key=next(iter(config.gateway.api_keys), ""),
         admin_key=next(iter(config.admin.api_keys), ""),
         ca_file=config.gateway.tls.cert_file if config.gateway.tls else "",
-        ray_address=address,
+        ray_address=head.address if head else address,
         namespace=spec.namespace,
         run_root=spec.run_root,
         head_session=head.session if head else 0,
@@ -173,19 +183,11 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
     )
     save_endpoint(endpoint)
     try:
-        actors.start_cluster(address, spec)
+        actors.start_cluster(endpoint.ray_address, spec)
     except BaseException:
         end_cluster(endpoint)
         raise
     return endpoint
-
-
-def joined_hardware(address: str) -> Hardware:
-    """The nodes of a Ray cluster that runs already."""
-    from flm.cluster import actors
-
-    nodes = actors.nodes_at(address)
-    return Hardware(tuple(PlannedNode(n.name, n.cpus, n.memory, 0.0, n.gpus) for n in nodes), measured=True)
 
 
 def end_cluster(endpoint: Endpoint) -> None:
@@ -193,7 +195,7 @@ def end_cluster(endpoint: Endpoint) -> None:
     head = head_of(endpoint)
     if head is not None:
         end_head(head)
-    elif endpoint.ray_address:
+    elif endpoint.ray_address and answers(endpoint.ray_address):  # else its processes went with their Ray
         from flm.cluster import actors
 
         actors.end_cluster(endpoint.ray_address, endpoint.namespace)
@@ -214,12 +216,25 @@ def head_of(endpoint: Endpoint) -> RayHead | None:
     return RayHead(endpoint.ray_address, endpoint.head_folder, endpoint.head_session)
 
 
-def _alive(endpoint: Endpoint) -> bool:
+def why_gone(endpoint: Endpoint) -> str:
+    """Why nothing of a cluster can be running any more, or ""."""
     head = head_of(endpoint)
     if head is not None:
-        return is_running(head)
+        return "" if is_running(head) else "its processes are gone"
     try:
-        with AdminClient(endpoint.admin, endpoint.admin_key, wait=2.0) as client:
+        require_answer(endpoint.ray_address)
+    except Unavailable as error:
+        return str(error)
+    return ""
+
+
+def _alive(endpoint: Endpoint) -> bool:
+    if why_gone(endpoint):
+        return False
+    if endpoint.head_session:
+        return True
+    try:
+        with AdminClient(endpoint.admin, endpoint.admin_key) as client:
             return bool(client.status().name)
     except Unavailable:
         return False

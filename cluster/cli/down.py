@@ -17,11 +17,16 @@ def down(
     ] = None,
 ) -> None:
     """Drain the cluster's replicas and stop everything that `up` started."""
-    from flm.cluster.launch import drain_cluster, end_cluster
+    from flm.cluster.launch import drain_cluster, end_cluster, why_gone
     from flm.cluster.state import find_endpoint
     from flm.worker.errors import FlmError
 
     endpoint = find_endpoint(cluster)
+    gone = why_gone(endpoint)
+    if gone:
+        end_cluster(endpoint)
+        print(f"{endpoint.name} had ended before: {gone}")
+        return
     try:
         drain_cluster(endpoint, timeout)
     except FlmError as error:

@@ -62,11 +62,10 @@ def _start(checked: Checked, console: Console) -> Endpoint:
     from flm.cluster import launch
     from flm.cluster.ray_head import StartingHead
 
-    address = checked.config.ray.address
-    head = StartingHead() if address == "local" else None
+    head = StartingHead() if checked.config.ray.address == "local" else None
     try:
-        hardware = launch.joined_hardware(address) if head is None else None
-        plan = launch.check_plan(checked.config, hardware)
+        joined = launch.join(checked) if head is None else None
+        plan = launch.check_plan(checked.config, joined.hardware if joined else None)
         _refuse_misfit(plan, console)
         if head is not None:
             head.go()
@@ -76,7 +75,7 @@ def _start(checked: Checked, console: Console) -> Endpoint:
                 launch.finish_warming(warming)
         with console.status("Starting Ray"):
             running = head.wait() if head is not None else None
-            return launch.start_cluster(checked, plan, running.address if running else address, running)
+            return launch.start_cluster(checked, plan, joined.address if joined else "", running)
     except BaseException:
         if head is not None:
             head.stop()

@@ -88,6 +88,29 @@ def _k_nibbles(qs: Blocks) -> NDArray[np.uint8]:
     return np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(qs), 256)
 
 
+def _crumbs(qs: Blocks) -> NDArray[np.uint8]:
+    """[n, 64] bytes to [n, 256] codes of 2 bits: each run of 32 bytes holds its lowest bits first."""
+    shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
+    return ((qs.reshape(len(qs), 2, 1, 32) >> shifts) & 3).reshape(len(qs), 256)
+
+
+def _q2_k(b: Blocks) -> Affine:
+    d, dmin = _half(b, 80).astype(np.float32), _half(b, 82).astype(np.float32)
+    scale, minimum = (b[:, :16] & 15).astype(np.float32), (b[:, :16] >> 4).astype(np.float32)
+    return Affine(_crumbs(b[:, 16:80]), d * scale, -(dmin * minimum))
+
+
+def _q3_k(b: Blocks) -> Affine:
+    """Signed codes -4..3 as 0..7 with an offset; a scale of 17 bits times 3 bits is exact."""
+    high = (b[:, :32].reshape(len(b), 1, 32) >> np.arange(8, dtype=np.uint8)[None, :, None]) & 1
+    codes = _crumbs(b[:, 32:96]) | (high.reshape(len(b), 256) << 2)
+    low = np.concatenate([b[:, 96:104] & 15, b[:, 96:104] >> 4], axis=1)
+    top = (b[:, 104:108].reshape(len(b), 1, 4) >> np.array([0, 2, 4, 6], np.uint8)[None, :, None]) & 3
+    scale = (low | (top.reshape(len(b), 16) << 4)).astype(np.float32) - np.float32(32)
+    scales = _half(b, 108).astype(np.float32) * scale
+    return Affine(codes, scales, scales * np.float32(-4))
+
+
 def _q4_k(b: Blocks) -> Affine:
     return Affine(_k_nibbles(b[:, 16:144]), *_k_scales(b))
 
@@ -114,6 +137,8 @@ BLOCK_TYPES = {
     "Q5_0": BlockType(32, 22, 32, 8, _q5_0),
     "Q5_1": BlockType(32, 24, 32, 8, _q5_1),
     "Q8_0": BlockType(32, 34, 32, 8, _q8_0),
+    "Q2_K": BlockType(256, 84, 16, 4, _q2_k),
+    "Q3_K": BlockType(256, 110, 16, 4, _q3_k),
     "Q4_K": BlockType(256, 144, 32, 4, _q4_k),
     "Q5_K": BlockType(256, 176, 32, 8, _q5_k),
     "Q6_K": BlockType(256, 210, 16, 8, _q6_k),
@@ -121,5 +146,5 @@ BLOCK_TYPES = {
 
 TYPE_NUMBERS = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
-    12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
+    10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
 }  # fmt: skip

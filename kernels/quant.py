@@ -183,7 +183,7 @@ def from_gguf_blocks(raw: NDArray[np.uint8], type: str | int, shape: tuple[int, 
     """GGUF tensor data to a matrix of shape (N, K), without rounding: dequantize() equals ggml's own bit for bit.
 
     raw: the tensor's bytes, any shape. type: ggml's name ("Q4_1") or number. Known: F32, F16, BF16, Q4_0, Q4_1, Q5_0,
-    Q5_1, Q8_0, Q4_K, Q5_K, Q6_K. Raises UnsupportedFormat for others, ShapeError where bytes and shape disagree.
+    Q5_1, Q8_0, Q2_K to Q6_K. Raises UnsupportedFormat for others, ShapeError where bytes and shape disagree.
     """
     name = type.upper() if isinstance(type, str) else TYPE_NUMBERS.get(int(type), f"number {int(type)}")
     n, k = int(shape[0]), int(shape[1])

@@ -20,7 +20,10 @@ from flm.worker.config import ModelConfig, Span
 from flm.worker.errors import CheckpointError
 from flm.worker.families import registry
 from flm.worker.families.family import Family
+from flm.worker.families.fields import read_json
 from flm.worker.gguf_file import GGUFFile
+from flm.worker.packing.config import read_packing
+from flm.worker.packing.source import PackedSource
 from flm.worker.precision import fuse
 from flm.worker.recipe import Recipe, unit_rows
 from flm.worker.safetensors_file import open_safetensors
@@ -95,7 +98,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face directory or a .gguf file. Raises CheckpointError with file, expected and found."""
     if path.is_dir():
         config, family = registry.read_config(path)
-        return _checked(path, config, family, SafetensorsSource(path, open_safetensors(path)))
+        packing, tensors = read_packing(read_json(path / "config.json")), open_safetensors(path)
+        source = SafetensorsSource(path, tensors) if packing is None else PackedSource(path, tensors, packing)
+        return _checked(path, config, family, source)
     file = GGUFFile(path)
     config, family = registry.read_gguf(file)
     return _checked(path, config, family, GGUFSource(file))

@@ -27,7 +27,7 @@ _SCALARS: dict[int, np.dtype[Any]] = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 # types of ggml that these kernels do not read, only to name them in errors
-_OTHER_TYPES = {10: "Q2_K", 11: "Q3_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+_OTHER_TYPES = {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
                 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}  # fmt: skip
 _FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_DIMS = 4
@@ -56,9 +56,10 @@ class _StringArray:
 
 
 class GGUFFile:
-    """One .gguf file, memory-mapped. Raises CheckpointError for anything that does not add up."""
+    """One .gguf file, memory-mapped, or the first of several that hold one model (NAME-00001-of-0000N.gguf), whose tensors
+    are then its own. Raises CheckpointError for anything that does not add up."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: int = 1) -> None:
         self.path = path
         self._file = MappedFile(path)
         self._raw: dict[str, Any] = {}
@@ -67,6 +68,7 @@ class GGUFFile:
             self.tensors = self._parse()
         except (struct.error, IndexError, OverflowError) as error:
             raise self._truncated() from error  # a length near 2**64 leads to a place that no index can name
+        self._owners = self._other_parts(part)
 
     def __contains__(self, key: str) -> bool:
         return key in self._raw
@@ -84,6 +86,8 @@ class GGUFFile:
 
         `cols` must begin and end on block borders, or end at the matrix' last column.
         """
+        if name in self._owners:
+            return self._owners[name].read(name, rows, cols)
         tensor = self.tensors[name]
         blocks = tensor.shape[-1] // tensor.block
         whole = self._file.bytes_at(tensor.offset, tensor.nbytes).reshape(-1, blocks, tensor.block_bytes)
@@ -96,6 +100,28 @@ class GGUFFile:
 
     def drop_pages(self) -> None:
         self._file.drop_pages()
+        for other in set(self._owners.values()):
+            other.drop_pages()
+
+    def _other_parts(self, part: int) -> dict[str, GGUFFile]:
+        """Tensor → file, of the other files of a split model; their tensors join this file's."""
+        count, number = self._raw.get("split.count", 1), self._raw.get("split.no", 0)
+        if number != part - 1:
+            raise self._fail(f"is number {number} (from 0) of {count} files; give the first, 00001")
+        ending = f"-00001-of-{count:05d}.gguf"
+        if count <= 1 or part > 1:
+            return {}
+        if not self.path.name.endswith(ending):
+            raise self._fail(f"is the first of {count} files: a name that ends with {ending!r} expected")
+        stem, owners = self.path.name.removesuffix(ending), dict[str, GGUFFile]()
+        for other in range(2, count + 1):
+            file = GGUFFile(self.path.with_name(f"{stem}-{other:05d}-of-{count:05d}.gguf"), other)
+            owners |= dict.fromkeys(file.tensors, file)
+            self.tensors |= file.tensors
+        expected = self._raw.get("split.tensors.count", len(self.tensors))
+        if len(self.tensors) != expected:
+            raise self._fail(f"{expected} tensors in {count} files expected, found {len(self.tensors)}")
+        return owners
 
     def _fail(self, message: str) -> CheckpointError:
         return CheckpointError(str(self.path), message)

@@ -181,7 +181,10 @@ BROKEN_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
     ({"rope_parameters": 3}, "rope_parameters: an object expected"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config 'gptq' is not supported"),
+    (
+        {"quantization_config": {"quant_method": "eetq"}},
+        "quantization method 'eetq' is not supported; supported: gptq",
+    ),
     ({"eos_token_id": [96]}, "ids below the vocabulary's 96 expected"),
     ({"eos_token_id": "2"}, "eos_token_id: a token id or a list of them expected"),
     ({"intermediate_size": 96}, "mlp.gate_proj.weight': shape [96, 64] expected, found [80, 64]"),

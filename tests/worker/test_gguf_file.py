@@ -222,3 +222,32 @@ def _tiny(path: Path, edit: Callable[[GGUFWriter], None]) -> Path:
     add_matrix(writer, "b", np.arange(6, dtype=np.float32).reshape(2, 3), "F32")
     write(writer)
     return path
+
+
+def split_model(tmp_path: Path, count: int = 3) -> list[Path]:
+    """Three tensors in as many files, as llama.cpp's gguf-split numbers them."""
+    paths = [tmp_path / f"m-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
+    for i, path in enumerate(paths):
+        writer = GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", i)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", count)
+        writer.add_tensor(f"t{i}", np.full((2, 8), i, np.float32))
+        write(writer)
+    return paths
+
+
+def test_files_of_a_split_model_are_one(tmp_path: Path) -> None:
+    first, second, _ = split_model(tmp_path)
+    file = GGUFFile(first)
+    assert list(file.tensors) == ["t0", "t1", "t2"]
+    for i in range(3):
+        assert file.read(f"t{i}", Span(1, 2)).view("<f4").reshape(-1).tolist() == [float(i)] * 8
+    file.drop_pages()
+    with pytest.raises(CheckpointError, match=r"is number 1 \(from 0\) of 3 files; give the first, 00001"):
+        GGUFFile(second)
+    second.unlink()
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: cannot be read"):
+        GGUFFile(first)
+    with pytest.raises(CheckpointError, match=r"a name that ends with .-00001-of-00003\.gguf. expected"):
+        GGUFFile(first.rename(tmp_path / "other.gguf"))

@@ -22,12 +22,6 @@ def read_config(directory: Path) -> tuple[ModelConfig, Family]:
     nearest supported one."""
     fields = read_json(directory / "config.json")
     family = _family(fields)
-    quantized = fields.section("quantization_config")
-    if quantized is not None:
-        method = quantized.get("quant_method")
-        raise fields.fail(
-            f"quantization_config {method!r} is not supported; expected float weights (or a .gguf file)"
-        )
     return hub.validated(family.read(fields), fields), family
 
 

@@ -91,7 +91,8 @@ def _k_nibbles(qs: Blocks) -> NDArray[np.uint8]:
 def _crumbs(qs: Blocks) -> NDArray[np.uint8]:
     """[n, 64] bytes to [n, 256] codes of 2 bits: each run of 32 bytes holds its lowest bits first."""
     shifts = np.array([0, 2, 4, 6], np.uint8)[None, None, :, None]
-    return ((qs.reshape(len(qs), 2, 1, 32) >> shifts) & 3).reshape(len(qs), 256)
+    codes: NDArray[np.uint8] = (qs.reshape(len(qs), 2, 1, 32) >> shifts) & np.uint8(3)
+    return codes.reshape(len(qs), 256)
 
 
 def _q2_k(b: Blocks) -> Affine:

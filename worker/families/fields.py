@@ -9,6 +9,7 @@ from typing import Any
 
 from flm.worker.errors import CheckpointError
 
+MAX_SIZE = 2**31 - 1  # of anything
 _MISSING = object()
 
 
@@ -26,12 +27,14 @@ class Fields:
         return self.raw.get(self._prefix + name)
 
     def integer(self, name: str, default: Any = _MISSING) -> int:
-        """A whole number >= 1."""
+        """A whole number from 1 to MAX_SIZE."""
         value = self._value(name, default, "a whole number >= 1")
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]  # GGUF may give one value per layer
         if type(value) is not int or value < 1:
             raise self.fail(f"{self._prefix}{name}: a whole number >= 1 expected, found {_shown(value)}")
+        if value > MAX_SIZE:
+            raise self.fail(f"{self._prefix}{name}: at most {MAX_SIZE} expected, found {_shown(value)}")
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> float:

@@ -6,6 +6,7 @@ from flm.worker.config import ModelConfig, RopeConfig
 from flm.worker.errors import CheckpointError
 from flm.worker.families.fields import Fields, read_json
 
+MAX_LAYERS = 4096  # far beyond any model's, far below what a damaged number can ask for
 _ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3")
 
 
@@ -59,6 +60,7 @@ def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
     """The config itself. Raises CheckpointError where its sizes cannot belong together."""
     a, r = config.attention, config.attention.rope
     wrong = [
+        (config.layers > MAX_LAYERS, f"at most {MAX_LAYERS} layers expected, found {config.layers}"),
         (a.heads % a.kv_heads, f"{a.heads} attention heads cannot be shared by {a.kv_heads} key-value heads"),
         (a.head_dim % 2, f"an even head size expected, found {a.head_dim}"),
         (

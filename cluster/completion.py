@@ -38,7 +38,7 @@ class Completion:
         self._sequence = 0
         self._cached = 0
         self._started = self._first = asyncio.get_running_loop().time()
-        self._prefill = 0.0  # seconds at the replica that gave the first token, where it has not finished
+        self._prefill = 0.0  # seconds, of the replica that gave the first token
 
     async def run(self, write: Write, echo: str = "") -> None:
         """Write all frames; the first one is `echo`, where there is any."""
@@ -68,8 +68,7 @@ class Completion:
     def _first_token(self, frame: flm_pb2.ReplicaFrame) -> None:
         self._first = asyncio.get_running_loop().time()
         self._cached = frame.usage.cached_tokens
-        if not frame.finish_reason:
-            self._prefill = frame.timings.prefill
+        self._prefill = frame.timings.prefill
 
     def _translate(self, frame: flm_pb2.ReplicaFrame) -> flm_pb2.GenerateFrame:
         token_ids: Sequence[int] = frame.token_ids
@@ -110,7 +109,7 @@ class Completion:
                 out.stop_token_id = frame.stop_token_id
         if frame.finish_reason and frame.HasField("timings") and not self._stream.restarts:
             timings.CopyFrom(frame.timings)
-        else:  # no replica has seen all of it, or has said so: as seen from here, a replica's queue is part of prefill
+        else:  # no replica has seen all of it, or has said so
             timings.queue = max(self._first - self._started - self._prefill, 0.0)
             timings.prefill = self._first - self._started - timings.queue
             timings.decode = asyncio.get_running_loop().time() - self._first

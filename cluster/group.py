@@ -50,6 +50,7 @@ class ReplicaGroup:
 
     def __post_init__(self) -> None:
         self.missed, self.answered, self.advanced = 0, self.created, self.created
+        self.stepped = self.created  # the last heartbeat with a new step, or without work
         self.idle_looks, self._next_report, self.announced = 0, 0.0, False
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._channel: grpc.aio.Channel | None = None
@@ -104,7 +105,7 @@ class ReplicaGroup:
             fault=self.fault,
             silence=now - self.answered if answering else 0.0,
             missed=self.missed,
-            stuck=beat.step_age if beat is not None else 0.0,
+            stuck=max(beat.step_age, self.answered - self.stepped) if beat is not None else 0.0,
             stalled=now - self.advanced,
             outstanding=beat.load.outstanding_tokens if beat is not None else 0,
             idle=self.idle_looks >= IDLE_LOOKS,
@@ -158,8 +159,11 @@ class ReplicaGroup:
             self.missed += 1
             log.debug("no heartbeat from %s: %s", self.replica_id, error.code())
             return
-        self.heartbeat, self.missed, self.answered = beat, 0, time.monotonic()
+        before, now = self.heartbeat, time.monotonic()
+        self.heartbeat, self.missed, self.answered = beat, 0, now
         busy = beat.load.running + beat.load.waiting
+        if not busy or before is None or beat.step != before.step:
+            self.stepped = now
         self.idle_looks = 0 if busy else self.idle_looks + 1
         if beat.state == flm_pb2.REPLICA_STATE_DRAINING and self.phase is Phase.READY:
             self.enter(Phase.DRAINING)  # an earlier controller began it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import TypeVar
 
 import grpc.aio
@@ -18,6 +18,9 @@ from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import InvalidRequest, ModelNotFound
 
 LONG_TEXT = 4096  # characters; longer ones are tokenised on another thread, not to hold up running streams
+MAX_TEXT = (
+    1 << 20
+)  # bytes that Tokenize takes, and tokens that Detokenize takes: as many as such a text can have
 T = TypeVar("T")
 
 
@@ -97,7 +100,9 @@ class Inference(flm_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: flm_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> flm_pb2.TokenizeResponse:
-        model = self._model(request.model)
+        model, size = self._model(request.model), len(request.text.encode())
+        if size > MAX_TEXT:
+            raise InvalidRequest("text", f"expected at most {MAX_TEXT} bytes, got {size}")
         return flm_pb2.TokenizeResponse(ids=await _encode(model, request.text, request.add_special_tokens))
 
     @typed_errors
@@ -105,10 +110,11 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         self, request: flm_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> flm_pb2.DetokenizeResponse:
         tokenizer = self._model(request.model).tokenizer
+        if len(request.ids) > MAX_TEXT:
+            raise InvalidRequest("ids", f"expected at most {MAX_TEXT} token ids, got {len(request.ids)}")
         check_ids(request.ids, tokenizer.vocab_size, "ids")
-        return flm_pb2.DetokenizeResponse(
-            text=tokenizer.decode(list(request.ids), request.skip_special_tokens)
-        )
+        ids, skip = list(request.ids), request.skip_special_tokens
+        return flm_pb2.DetokenizeResponse(text=await _off_loop(ids, lambda: tokenizer.decode(ids, skip)))
 
     @typed_errors
     async def ListModels(
@@ -136,8 +142,8 @@ async def _encode(model: LoadedModel, text: str, add_special: bool) -> list[int]
     return await _off_loop(text, lambda: model.tokenizer.encode(text, add_special))
 
 
-async def _off_loop(text: str, encode: Callable[[], list[int]]) -> list[int]:
-    return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
+async def _off_loop(given: Sized, work: Callable[[], T]) -> T:
+    return await asyncio.to_thread(work) if len(given) > LONG_TEXT else work()
 
 
 def _check_length(model: LoadedModel, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from flm.cluster.grpc_errors import to_status
-from flm.cluster.replica_messages import to_frame
+from flm.cluster.replica_messages import to_steps
 from flm.proto import flm_pb2
 from flm.worker.errors import FlmError
 from flm.worker.request import TokenEvent
@@ -57,19 +57,19 @@ class Outbox:
         elif self._events and self._timer is None:
             self._timer = self._loop.call_at(self._due, self._ring)
 
-    async def take(self) -> flm_pb2.ReplicaStep | None:
-        """All that is kept, when it is time; None at the end."""
+    async def take(self) -> list[flm_pb2.ReplicaStep]:
+        """All that is kept, when it is time; nothing at the end."""
         while not self._is_time():
             self._taker = self._loop.create_future()
             self.announce()
             await self._taker
         if not (self._refusals or self._events):
-            return None
+            return []
         refusals, self._refusals = self._refusals, []
         events, self._events = self._events, {}
         self._urgent = False
         self._due = max(self._due + len(self.live) / self._frames_per_second, self._loop.time())
-        return flm_pb2.ReplicaStep(frames=[*refusals, *map(to_frame, events.values())])
+        return to_steps(refusals, events.values())
 
     def _is_time(self) -> bool:
         return self._ended or self._urgent or (bool(self._events) and self._loop.time() >= self._due)

@@ -47,7 +47,7 @@ class ReplicaView:
     fault: str = ""  # a rank that died, a load that failed, a leader that gave up: names the rank
     silence: float = 0.0  # since the last answered heartbeat
     missed: int = 0  # heartbeats unanswered in a row
-    stuck: float = 0.0  # in the current engine step
+    stuck: float = 0.0  # seconds in one engine step, or without any while there is work
     stalled: float = 0.0  # since loading last advanced
     outstanding: int = 0  # tokens still to compute
     idle: bool = False  # no requests at all
@@ -107,7 +107,9 @@ def fault_of(view: ReplicaView, hang_timeout: float = 10.0) -> str:
         return f"made no progress for {view.stalled:.0f} s" if view.stalled > MAX_STARTING else ""
     if view.silence > MAX_SILENCE and view.missed >= MIN_MISSED:
         return f"rank 0 has not answered for {view.silence:.0f} s"
-    return f"stuck in one step for {view.stuck:.0f} s" if view.stuck > hang_timeout + LEADER_FIRST else ""
+    return (
+        f"has not finished a step for {view.stuck:.0f} s" if view.stuck > hang_timeout + LEADER_FIRST else ""
+    )
 
 
 def reconcile(targets: Sequence[ModelTarget], replicas: Sequence[ReplicaView], now: float) -> list[Action]:

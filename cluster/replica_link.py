@@ -15,7 +15,7 @@ import grpc.aio
 
 from flm.cluster.grpc_errors import DETAILS_KEY, from_rpc_error, from_status_bytes
 from flm.cluster.listen import CHANNEL_OPTIONS
-from flm.cluster.replica_messages import call_metadata
+from flm.cluster.replica_messages import batches, call_metadata
 from flm.cluster.router import ReplicaView
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import DeadlineExceeded, Unauthenticated, Unavailable
@@ -23,7 +23,6 @@ from flm.worker.errors import DeadlineExceeded, Unauthenticated, Unavailable
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 2.0
-MAX_COMMANDS = 4 << 20  # bytes of one message, unless a single request has more
 
 
 class Broken(Exception):
@@ -34,8 +33,6 @@ class Inbox:
     """Frames of one request that its reader has not taken yet."""
 
     __slots__ = (
-        "_arrived",
-        "_opened",
         "_waiter",
         "deadline_timer",
         "error",
@@ -51,13 +48,10 @@ class Inbox:
         self.finished = False  # the replica has nothing more to say
         self.deadline_timer: asyncio.TimerHandle | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._opened: float | None = asyncio.get_running_loop().time()  # None once the first frame is taken
-        self._arrived = 0.0
 
     async def take(self) -> flm_pb2.ReplicaFrame:
-        """All that has arrived, as one frame; the stream's first one has the seconds from the request to its arrival
-        as timings.prefill, where the replica gives none. Raises Broken, or the FlmError that the request was refused with,
-        once there are no frames before it."""
+        """All that has arrived, as one frame. Raises Broken, or the FlmError that the request was refused with, once
+        there are no frames before it."""
         if not self.frames and self.error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -68,14 +62,9 @@ class Inbox:
         first = frames[0]
         for frame in frames[1:]:
             first.MergeFrom(frame)
-        if self._opened is not None and not first.HasField("timings"):
-            first.timings.prefill = self._arrived - self._opened
-        self._opened = None
         return first
 
     def put(self, frame: flm_pb2.ReplicaFrame) -> None:
-        if not self._arrived:
-            self._arrived = asyncio.get_running_loop().time()
         self.frames.append(frame)
         self.wake()
 
@@ -121,19 +110,10 @@ class _Call:
 
 def _split(commands: flm_pb2.ReplicaCommands) -> Iterator[flm_pb2.ReplicaCommands]:
     """The commands in messages that a replica takes; what is cancelled comes last, behind what is begun."""
-    if commands.ByteSize() <= MAX_COMMANDS:
-        yield commands
-        return
-    message, size = flm_pb2.ReplicaCommands(), 0
-    for request in commands.generate:
-        more = request.ByteSize()
-        if size and size + more > MAX_COMMANDS:
-            yield message
-            message, size = flm_pb2.ReplicaCommands(), 0
-        message.generate.append(request)
-        size += more
-    message.cancel.extend(commands.cancel)
-    yield message
+    for batch in batches(commands.generate):
+        yield flm_pb2.ReplicaCommands(generate=batch)
+    if commands.cancel:
+        yield flm_pb2.ReplicaCommands(cancel=commands.cancel)
 
 
 def _failure(error: grpc.aio.AioRpcError) -> Exception:

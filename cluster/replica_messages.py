@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
 
 from flm.cluster.listen import bearer
 from flm.proto import flm_pb2
@@ -10,6 +13,9 @@ from flm.worker.errors import Unavailable
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
 REPLICA_ID = "flm-replica-id"
+MAX_BYTES = 4 << 20  # of one message, unless a single request or frame has more
+MAX_EVENTS = 4096  # of one frame: with logprobs of 20 alternatives each about a megabyte
+M = TypeVar("M", bound=Message)
 FINISH = {
     FinishReason.STOP: flm_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: flm_pb2.FINISH_REASON_LENGTH,
@@ -28,6 +34,34 @@ def check_addressee(metadata: Any, replica_id: str) -> None:
     meant = next((value for key, value in metadata or () if key == REPLICA_ID), "")
     if meant != replica_id:
         raise Unavailable(f"replica {meant!r} is not here: this is {replica_id!r}")
+
+
+def batches(messages: Iterable[M]) -> Iterator[list[M]]:
+    """Runs of messages that make up one message of at most MAX_BYTES."""
+    batch: list[M] = []
+    size = 0
+    for message in messages:
+        more = message.ByteSize()
+        if batch and size + more > MAX_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(message)
+        size += more
+    if batch:
+        yield batch
+
+
+def to_steps(
+    refusals: list[flm_pb2.ReplicaFrame], events: Iterable[list[TokenEvent]]
+) -> list[flm_pb2.ReplicaStep]:
+    """Refusals and the events of each request, in messages that every gateway takes: after a pause of its own, one
+    may be sent everything that came up since."""
+    frames = [
+        to_frame(of_one[start : start + MAX_EVENTS])
+        for of_one in events
+        for start in range(0, len(of_one), MAX_EVENTS)
+    ]
+    return [flm_pb2.ReplicaStep(frames=batch) for batch in batches([*refusals, *frames])]
 
 
 def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:
@@ -57,7 +91,7 @@ def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:
 
 def to_frame(events: list[TokenEvent]) -> flm_pb2.ReplicaFrame:
     """One frame for `events`, which are of one request and in order. The first frame of a stream and the last
-    one carry its usage."""
+    one carry its usage and timings."""
     last = events[-1]
     token_ids = last.token_ids if len(events) == 1 else [t for event in events for t in event.token_ids]
     frame = flm_pb2.ReplicaFrame(request_id=last.request_id, token_ids=token_ids)
@@ -71,12 +105,13 @@ def to_frame(events: list[TokenEvent]) -> flm_pb2.ReplicaFrame:
         frame.usage.prompt_tokens = last.prompt_tokens
         frame.usage.cached_tokens = last.cached_tokens
         frame.usage.completion_tokens = last.completion_tokens
+        timings = events[0].timings if last.finish_reason is None else last.timings
+        frame.timings.queue = timings.queue
+        frame.timings.prefill = timings.prefill
+        frame.timings.decode = timings.decode
     if last.finish_reason is not None:
         frame.finish_reason = FINISH[last.finish_reason]
         frame.error = last.error
         if last.stop_token_id is not None:
             frame.stop_token_id = last.stop_token_id
-        frame.timings.queue = last.timings.queue
-        frame.timings.prefill = last.timings.prefill
-        frame.timings.decode = last.timings.decode
     return frame

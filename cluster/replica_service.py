@@ -95,8 +95,9 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self._outboxes.add(outbox)
         reader = asyncio.create_task(self._obey(commands, outbox))
         try:
-            while (step := await outbox.take()) is not None:
-                await context.write(step)
+            while steps := await outbox.take():
+                for step in steps:
+                    await context.write(step)
         finally:
             self._outboxes.discard(outbox)
             reader.cancel()

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from flm.worker.errors import ConfigError
 
 YamlPath = tuple[str | int, ...]
+MAX_VALUES = 10_000  # of a file, those behind aliases counted wherever they are used
 
 
 class ConfigErrors(ConfigError):
@@ -86,6 +87,12 @@ def parse_yaml(text: str, file: str) -> YamlSource:
                         )
                     else:
                         source.lines[path] = line
+                    if len(source.lines) > MAX_VALUES:
+                        raise ConfigError(
+                            f"expected at most {MAX_VALUES} values; aliases of aliases multiply them",
+                            file=file,
+                            line=line,
+                        )
                 source.data = loader.construct_document(node)
         finally:
             loader.dispose()

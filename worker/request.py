@@ -112,7 +112,7 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one step adds to one request's stream. The last event has a finish_reason; it may carry no
-    token. `error` says why when finish_reason is ERROR."""
+    token. `error` says why when finish_reason is ERROR. The first and the last event have timings."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -273,8 +273,10 @@ class Scheduler:
         token, params = sampled.token_id, sequence.request.params
         sequence.token_ids.append(token)
         self._tokens_generated += 1
+        timings = Timings()
         if sequence.first_token is None:
             sequence.first_token = now
+            timings = sequence.timings(now)
         if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
             timings = self._finish(sequence, now)
             return sequence.last_event(FinishReason.STOP, timings, stop_token_id=token)
@@ -282,7 +284,7 @@ class Scheduler:
         if params.logprobs is not None:
             logprobs = (TokenLogprobs(token, sampled.logprob, tuple(sampled.top)),)
         if len(sequence.token_ids) < sequence.max_length:
-            return sequence.event((token,), logprobs)
+            return sequence.event((token,), logprobs, timings)
         timings = self._finish(sequence, now)
         return sequence.last_event(FinishReason.LENGTH, timings, (token,), logprobs)
 

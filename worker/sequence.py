@@ -42,7 +42,12 @@ class Sequence:
         first_token = now if self.first_token is None else self.first_token
         return Timings(started - self.arrived, first_token - started, now - first_token)
 
-    def event(self, token_ids: tuple[int, ...] = (), logprobs: tuple[TokenLogprobs, ...] = ()) -> TokenEvent:
+    def event(
+        self,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        timings: Timings = Timings(),  # noqa: B008
+    ) -> TokenEvent:
         """What a step that does not end the sequence adds to its stream."""
         output = len(self.token_ids) - self.num_prompt
         return TokenEvent(
@@ -52,6 +57,7 @@ class Sequence:
             prompt_tokens=self.num_prompt,
             cached_tokens=self.num_cached,
             completion_tokens=output,
+            timings=timings,
         )
 
     def last_event(

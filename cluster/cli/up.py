@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flm.cluster.cli.interrupts import Interrupts
-from flm.worker.errors import DoesNotFit, FlmError
+from flm.worker.errors import FlmError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,11 +83,9 @@ def _start(checked: Checked, console: Console) -> Endpoint:
 
 
 def _refuse_misfit(plan: Plan, console: Console) -> None:
-    if plan.fits and not plan.obstacles:
-        return
     if not plan.fits:
         console.print(plan.table())
-    raise DoesNotFit("; ".join((*plan.problems, *plan.obstacles)))
+    plan.require_servable()
 
 
 def _await_ready(endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:

@@ -17,6 +17,7 @@ from flm.cluster.controller import Controller
 from flm.cluster.reconcile import Phase
 from flm.cluster.state import Desired, ModelFacts, load_desired
 from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
+from flm.worker.request import Request
 
 GIB = 1 << 30
 TEXT = """\
@@ -111,6 +112,22 @@ async def test_a_ranks_death_rebuilds_its_group_and_no_other(bench: Bench, rank:
     assert (group.restarts, group.message) == (1, f"rank {rank}: died")
     assert not [k for k in before if k.spec.replica_id == "m-0" and k.alive]
     assert [k for k in before if k.alive] == [k for k in before if k.spec.replica_id == "m-1"]
+
+
+async def test_a_leader_that_makes_no_steps_is_seen_by_their_number(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    group, replica = bench.controller.groups["m-0"], bench.host.leader("m-0").served.replica
+
+    def stuck() -> float:
+        return group.view(time.monotonic()).stuck
+
+    replica.hung = True
+    await asyncio.sleep(1.2)
+    assert stuck() == 0  # nothing to do
+    replica.submit(Request("r", (1, 2)))
+    await bench.until(lambda: stuck() > 0.8)
+    replica.hung = False
+    await bench.until(lambda: stuck() == 0)
 
 
 async def test_a_leader_that_gives_up_says_whom_it_blames(bench: Bench) -> None:

@@ -86,7 +86,7 @@ def test_saturation_does_not_look_like_death() -> None:
 @pytest.mark.parametrize(
     ("signs", "said"),
     [
-        ({"stuck": 12.0}, "stuck in one step for 12 s"),
+        ({"stuck": 12.0}, "has not finished a step for 12 s"),
         ({"silence": MAX_SILENCE + 1, "missed": MIN_MISSED}, "rank 0 has not answered for 11 s"),
         ({"phase": Phase.STARTING, "stalled": 200.0}, "made no progress for 200 s"),
     ],

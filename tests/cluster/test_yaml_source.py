@@ -5,6 +5,11 @@ import pytest
 from flm.cluster.yaml_source import parse_yaml
 from flm.worker.errors import ConfigError
 
+LAUGHS = "a0: &a0 [lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+MERGED = "a0: &a0 {k: 1}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30)
+)
+
 
 @pytest.mark.parametrize(
     ("text", "line", "why"),
@@ -17,6 +22,8 @@ from flm.worker.errors import ConfigError
         ("a: 1\nb: &x {c: *x}\n", 2, "none within itself"),
         ("a: 1\nb: " + "[" * 3000, 2, "a few levels deep"),
         ("a: 1\n? [1, 2]\n: 3\n", 2, "unhashable key"),
+        (LAUGHS, 1, "expected at most 10000 values; aliases of aliases multiply them"),
+        (MERGED, 1, "expected at most 10000 values"),
     ],
 )
 def test_refusals_have_their_place(text: str, line: int, why: str) -> None:

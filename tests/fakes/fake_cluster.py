@@ -160,7 +160,7 @@ class FakeReplica:
             len(request.prompt_ids),
             self.first_cached,
             running.done,
-            Timings(0.001, 0.002, 0.003) if reason else Timings(),
+            Timings(0.001, 0.002, 0.003 if reason else 0.0),
         )
 
 

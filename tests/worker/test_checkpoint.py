@@ -171,6 +171,8 @@ BROKEN_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": "absent"}, "None is not supported"),
     ({"hidden_size": "absent"}, "hidden_size is missing; a whole number >= 1 expected"),
     ({"hidden_size": "64"}, "hidden_size: a whole number >= 1 expected, found '64'"),
+    ({"hidden_size": 2**31}, "hidden_size: at most 2147483647 expected, found 2147483648"),
+    ({"num_hidden_layers": 2**31 - 1}, "at most 4096 layers expected, found 2147483647"),
     ({"num_hidden_layers": 0}, "num_hidden_layers: a whole number >= 1 expected, found 0"),
     ({"vocab_size": 96.5}, "vocab_size: a whole number"),
     ({"rms_norm_eps": -1}, "rms_norm_eps: a number > 0 expected, found -1"),

@@ -15,6 +15,7 @@ from gguf_writer import add_matrix, gguf_from_directory, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flm.worker.checkpoint import open_checkpoint
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
 from flm.worker.gguf_file import GGUFFile
@@ -107,6 +108,7 @@ def test_random_damage_never_escapes_as_another_error(small: Path, tmp_path: Pat
             file = GGUFFile(path)
             for key in file.keys_under(""):
                 file.get(key)
+            open_checkpoint(path)
         except CheckpointError:
             refused += 1
     assert refused > 50

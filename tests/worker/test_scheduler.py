@@ -9,7 +9,7 @@ from fake_ranks import EOS, VOCAB, World, undisturbed
 
 from flm.worker.errors import InvalidRequest, Overloaded
 from flm.worker.plan import NewSequence
-from flm.worker.request import FinishReason, Request, SamplingParams
+from flm.worker.request import FinishReason, Request, SamplingParams, Timings
 from flm.worker.scheduler import Load
 
 PROMPT = list(range(1, 11))
@@ -256,6 +256,8 @@ def test_timings_cover_the_whole_stay() -> None:
     queue, first_step = world.last("b").timings.queue, 9.0  # 4 steps of "a", 2 seconds each, then its own
     assert queue == first_step
     assert (world.last("b").timings.prefill, world.last("b").timings.decode) == (1.0, 4.0)
+    first, second, _ = world.events["b"]
+    assert (first.timings, second.timings) == (Timings(9.0, 1.0, 0.0), Timings())
 
 
 def test_fail_all_ends_everything_and_forgets_the_cache() -> None:

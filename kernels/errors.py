@@ -49,3 +49,22 @@ class CollectiveAborted(CollectiveError):
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"rank {rank} left a collective because the group was aborted")
+
+
+class ToolkitMissing(KernelError):
+    """NVRTC or CUDA's headers are not installed."""
+
+    def __init__(self, found: str, packages: str) -> None:
+        super().__init__(f"{found}; they come with pip install 'flm-cluster[cuda13]' ({packages})")
+
+
+class UnsupportedDevice(KernelError):
+    """No GPU, no driver for it, or one that these kernels do not run on."""
+
+
+class CompileError(KernelError):
+    """NVRTC refused a kernel; `log` is what it said."""
+
+    def __init__(self, what: str, log: str) -> None:
+        self.log = log
+        super().__init__(f"{what} does not compile: {log}")

@@ -1,0 +1,27 @@
+"""Checks that wrappers make before they hand an array to a kernel, which could not make them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flm.kernels.errors import DTypeError, ShapeError
+
+Array = Any
+ACTIVATIONS = ("float16", "bfloat16")
+
+
+def check(name: str, array: Array, shape: tuple[int, ...], *dtypes: str) -> str:
+    """The dtype's name of an array with this shape, one of these dtypes, C-contiguous; else ShapeError, DTypeError."""
+    if array.dtype.name not in dtypes:
+        raise DTypeError(f"{name}: {' or '.join(dtypes)} expected, got {array.dtype.name}")
+    if tuple(array.shape) != shape or not array.flags.c_contiguous:
+        layout = "" if array.flags.c_contiguous else ", not C-contiguous"
+        raise ShapeError(f"{name}: {shape} expected, got {tuple(array.shape)}{layout}")
+    return str(array.dtype.name)
+
+
+def dimensions(name: str, array: Array, count: int) -> tuple[int, ...]:
+    """The shape of an array that must have `count` dimensions."""
+    if array.ndim != count:
+        raise ShapeError(f"{name}: {count} dimensions expected, got shape {tuple(array.shape)}")
+    return tuple(array.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from flm.cluster.gateway import Gateway, ServedModel, Tls
 from flm.cluster.router import ReplicaRoute
 from flm.cluster.state import Desired
 from flm.worker.errors import ConfigError, FlmError
+
+log = logging.getLogger(__name__)
 
 BIND_ATTEMPTS = 40  # of BIND_PAUSE seconds: the process before this one may not have let go of the port
 BIND_PAUSE = 0.25
@@ -44,6 +47,9 @@ class GatewayProcess:
             self._gateway = await self._bound()
         except FlmError as error:
             self._failure = str(error)
+        except Exception as error:
+            log.exception("the gateway cannot start")
+            self._failure = f"internal error: {error!r}"
         self._started.set()
 
     async def _bound(self) -> Gateway:

@@ -1,103 +1,25 @@
-"""From a cluster.yaml to a cluster that serves, step by step, and back. Prints nothing: `up` and `down` do."""
+"""From a checked cluster.yaml to a cluster that serves, step by step. Prints nothing: `up` does."""
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-from flm.cluster.admin_client import AdminClient
-from flm.cluster.config import ClusterConfig, load_config, unserved
-from flm.cluster.hardware import Hardware, measure_hardware
-from flm.cluster.joined_ray import JoinedRay, answers, join_ray, require_answer
-from flm.cluster.plan import Plan, plan_cluster
-from flm.cluster.ray_head import ENVIRONMENT, RayHead, end_head, is_running, usable_cpus
-from flm.cluster.state import (
-    ClusterSpec,
-    Desired,
-    Endpoint,
-    ModelFacts,
-    forget,
-    load_endpoint,
-    save_endpoint,
-    state_dir,
-)
-from flm.cluster.yaml_source import YamlPath, error_at
+from flm.cluster.checks import Checked
+from flm.cluster.ending import end_cluster
+from flm.cluster.joined_ray import JoinedRay, join_ray
+from flm.cluster.plan import Plan
+from flm.cluster.ray_head import ENVIRONMENT, RayHead, usable_cpus
+from flm.cluster.state import ClusterSpec, Desired, Endpoint, ModelFacts, save_endpoint, state_dir
+from flm.cluster.yaml_source import error_at
 from flm.worker.errors import FlmError, Unavailable
 
-STOP_SECONDS = 15.0  # for ranks to end once they have drained
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A file that may be started."""
-
-    config: ClusterConfig
-    file: str
-    text: str
-
-
-def check_file(file: Path) -> Checked:
-    """Everything that can be known without reading a checkpoint. ConfigError; nothing has been started."""
-    config = load_config(file)
-    text = file.read_text(encoding="utf-8")
-    running = load_endpoint(config.name)
-    if running is not None and not _alive(running):
-        end_cluster(running)  # left over from a crash or a reboot
-        running = None
-    for path, message in _obstacles(config, running):
-        raise error_at(text, str(file), path, message)
-    return Checked(config, str(file.absolute()), text)
-
-
-def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tuple[YamlPath, str]]:
-    """Why this file cannot be started here and now: where, and what was expected."""
-    if running is not None:
-        message = f"cluster {config.name!r} runs already; expected another name, or `flm-cluster down` first"
-        yield ("name",), message
-    yield from unserved(config)
-    cpus = usable_cpus()
-    for index, model in enumerate(config.models):
-        if config.ray.address == "local" and model.tensor_parallel > cpus:
-            message = f"{model.tensor_parallel} ranks are larger than the machine; expected at most its {cpus} cores"
-            yield ("models", index, "tensor_parallel"), message
-    if config.gateway.tls is not None:
-        for key, path in config.gateway.tls:
-            if not os.access(path, os.R_OK):
-                yield ("gateway", "tls", key), f"cannot read {path}; expected a PEM file"
-    for section, listen in (("gateway", config.gateway.listen), ("admin", config.admin.listen)):
-        reason = why_taken(listen)
-        if reason:
-            yield (section, "listen"), f"cannot listen on {listen}: {reason}; expected a free port"
-
-
-def why_taken(listen: str) -> str:
-    """Why host:port cannot be bound now, or ""."""
-    host, _, port = listen.rpartition(":")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        return "the port is taken by another program" if taken else str(error.strerror)
-    return ""
-
-
-def check_plan(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
-    """The plan on the hardware there is. CheckpointError, ConfigError; whether it fits is the plan's to say."""
-    return plan_cluster(config, hardware or measure_hardware())
+_COMPILE = "import sys; from flm.kernels.cpu.backend import warm; warm(int(sys.argv[1]))"
 
 
 def facts_of(plan: Plan) -> dict[str, ModelFacts]:
@@ -112,30 +34,30 @@ def facts_of(plan: Plan) -> dict[str, ModelFacts]:
     }
 
 
-def start_warming() -> subprocess.Popen[bytes] | None:
-    """Compile the CPU kernels in a process of their own; None where the cache has them."""
+def needs_compiling() -> bool:
+    """Whether the CPU kernels of this version are still to be compiled: half a minute, once."""
     from flm.kernels.cpu.configure import is_cached
 
-    if is_cached():
-        return None
-    code = "import sys; from flm.kernels.cpu.backend import warm; warm(int(sys.argv[1]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(usable_cpus())],
+    return not is_cached()
+
+
+def compile_kernels() -> None:
+    """Compile the CPU kernels into the cache, in a process of its own that ends with this call, however that ends.
+    FlmError with what the compiler had to say."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", _COMPILE, str(usable_cpus())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        start_new_session=True,  # a terminal's Ctrl-C is this process' to act on
     )
-
-
-def finish_warming(warming: subprocess.Popen[bytes]) -> None:
-    """FlmError with what the compiler, or OpenMP's absence, had to say."""
     try:
-        _, said = warming.communicate()
-    except BaseException:
-        warming.kill()
-        warming.wait()
-        raise
-    if warming.returncode:
+        _, said = child.communicate()
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    if child.returncode:
         lines = said.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         kind, _, message = lines[-1].partition(": ")
         raise FlmError(f"the CPU kernels cannot be compiled: {message or kind}")
@@ -188,56 +110,6 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         end_cluster(endpoint)
         raise
     return endpoint
-
-
-def end_cluster(endpoint: Endpoint) -> None:
-    """End every process of a cluster, whatever state it is in, and forget it."""
-    head = head_of(endpoint)
-    if head is not None:
-        end_head(head)
-    elif endpoint.ray_address and answers(endpoint.ray_address):  # else its processes went with their Ray
-        from flm.cluster import actors
-
-        actors.end_cluster(endpoint.ray_address, endpoint.namespace)
-    if endpoint.run_root:
-        shutil.rmtree(endpoint.run_root, ignore_errors=True)
-    forget(endpoint.name)
-
-
-def drain_cluster(endpoint: Endpoint, timeout: float | None) -> None:
-    """Let all streams finish, at most `timeout` seconds, None: as long as their models' drain_timeout. Unavailable where the controller does not answer."""
-    with AdminClient(endpoint.admin, endpoint.admin_key) as client:
-        client.shutdown(timeout, None if timeout is None else timeout + STOP_SECONDS)
-
-
-def head_of(endpoint: Endpoint) -> RayHead | None:
-    if not endpoint.head_session:
-        return None
-    return RayHead(endpoint.ray_address, endpoint.head_folder, endpoint.head_session)
-
-
-def why_gone(endpoint: Endpoint) -> str:
-    """Why nothing of a cluster can be running any more, or ""."""
-    head = head_of(endpoint)
-    if head is not None:
-        return "" if is_running(head) else "its processes are gone"
-    try:
-        require_answer(endpoint.ray_address)
-    except Unavailable as error:
-        return str(error)
-    return ""
-
-
-def _alive(endpoint: Endpoint) -> bool:
-    if why_gone(endpoint):
-        return False
-    if endpoint.head_session:
-        return True
-    try:
-        with AdminClient(endpoint.admin, endpoint.admin_key) as client:
-            return bool(client.status().name)
-    except Unavailable:
-        return False
 
 
 def _shared_memory() -> str:

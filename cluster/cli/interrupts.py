@@ -9,7 +9,7 @@ from typing import Self
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM are counted, and raise KeyboardInterrupt where `raising` is set.
+    """While entered, SIGINT, SIGTERM and SIGHUP (unless it is ignored, as nohup does) are counted, and raise KeyboardInterrupt where `raising` is set.
 
     The exception alone is not enough: one that is raised inside a callback of a C extension is swallowed there. The
     count stays, for `check` and `wait` to see.
@@ -20,7 +20,10 @@ class Interrupts:
         self._arrived = threading.Event()
 
     def __enter__(self) -> Self:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,11 +15,9 @@ from flm.worker.errors import FlmError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flm.cluster.launch import Checked
+    from flm.cluster.checks import Checked
     from flm.cluster.plan import Plan
     from flm.cluster.state import Endpoint
-
-CONTROLLER_SECONDS = 60.0  # until the controller answers: its process imports for seconds on a busy machine
 
 
 def up(
@@ -29,7 +27,9 @@ def up(
     """Serve what FILE describes. In the foreground, Ctrl-C drains and stops it."""
     from rich.console import Console
 
-    from flm.cluster.launch import check_file, end_cluster
+    from flm.cluster.checks import check_file
+    from flm.cluster.cli.loading import await_ready
+    from flm.cluster.ending import end_cluster
     from flm.cluster.state import load_endpoint
 
     console = Console(highlight=False)
@@ -39,7 +39,7 @@ def up(
         try:
             checked = check_file(file)
             endpoint = _start(checked, console)
-            _await_ready(endpoint, console, interrupts)
+            await_ready(endpoint, console, interrupts)
             interrupts.raising = False
         except BaseException as error:
             interrupts.raising = False  # nothing may cut the clearing up short
@@ -60,19 +60,19 @@ def up(
 def _start(checked: Checked, console: Console) -> Endpoint:
     """Ray imports while the plan is made, and starts once the plan fits."""
     from flm.cluster import launch
+    from flm.cluster.checks import check_plan
     from flm.cluster.ray_head import StartingHead
 
     head = StartingHead() if checked.config.ray.address == "local" else None
     try:
         joined = launch.join(checked) if head is None else None
-        plan = launch.check_plan(checked.config, joined.hardware if joined else None)
+        plan = check_plan(checked.config, joined.hardware if joined else None)
         _refuse_misfit(plan, console)
         if head is not None:
             head.go()
-        warming = launch.start_warming()
-        if warming is not None:
+        if launch.needs_compiling():
             with console.status("Compiling the CPU kernels: up to a minute, once per machine and version"):
-                launch.finish_warming(warming)
+                launch.compile_kernels()
         with console.status("Starting Ray"):
             running = head.wait() if head is not None else None
             return launch.start_cluster(checked, plan, joined.address if joined else "", running)
@@ -88,41 +88,6 @@ def _refuse_misfit(plan: Plan, console: Console) -> None:
     plan.require_servable()
 
 
-def _await_ready(endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
-    """Draw a bar for each rank until all replicas and the gateway are ready. FlmError where one fails."""
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    from flm.cluster.admin_client import AdminClient
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    tasks: dict[str, TaskID] = {}
-    with (
-        AdminClient(endpoint.admin, endpoint.admin_key, CONTROLLER_SECONDS) as client,
-        Progress(*columns, console=console) as bars,
-    ):
-        while True:
-            status = client.status()
-            interrupts.check()
-            for replica in (replica for model in status.models for replica in model.replicas):
-                for rank in replica.ranks:
-                    name = f"{replica.replica_id} rank {rank.rank}"
-                    if name not in tasks:
-                        tasks[name] = bars.add_task(name, total=1.0)
-                    bars.update(tasks[name], completed=rank.load_fraction)
-                if replica.message:
-                    raise FlmError(f"replica {replica.replica_id} failed: {replica.message}")
-            if status.gateway_message:
-                raise FlmError(f"the gateway failed: {status.gateway_message}")
-            if status.gateway_ready and all(m.ready_replicas >= m.wanted_replicas for m in status.models):
-                return
-            time.sleep(0.1)
-
-
 def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: bool) -> None:
     console.print(f"[bold green]{endpoint.name} serves[/] after {seconds:.1f} s")
     console.print(f"  gateway  {endpoint.gateway}  (gRPC flm.v1.Inference, reflection, health)")
@@ -133,7 +98,7 @@ def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: boo
 
 def _stay(checked: Checked, endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
     """Show events until interrupted; then drain and stop. A second interrupt does not wait for the drain."""
-    from flm.cluster.launch import drain_cluster, end_cluster
+    from flm.cluster.ending import drain_cluster, end_cluster
 
     threading.Thread(target=_show_events, args=(endpoint, console), daemon=True).start()
     if not interrupts.count:

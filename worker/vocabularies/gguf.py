@@ -26,8 +26,9 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     if not isinstance(tokens, list) or not tokens:
         raise _fail(file, f"{_PREFIX}tokens is missing; a list of tokens expected")
     types = file.get(_PREFIX + "token_type") or [_NORMAL] * len(tokens)
-    if len(types) != len(tokens):
-        raise _fail(file, f"{_PREFIX}token_type: {len(tokens)} entries expected, found {len(types)}")
+    if not isinstance(types, list) or len(types) != len(tokens):
+        found = len(types) if isinstance(types, list) else repr(types)
+        raise _fail(file, f"{_PREFIX}token_type: {len(tokens)} entries expected, found {found}")
     if kind not in ("gpt2", "llama"):
         raise _fail(file, f"{_PREFIX}model: 'gpt2' or 'llama' expected, found {kind!r}")
     try:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import WithJsonSchema as JsonSchema
 
 from flm.cluster.hardware import NodeSpec
+from flm.cluster.quantization import Quantization
 from flm.cluster.units import Bytes
 from flm.cluster.yaml_source import ConfigErrors, YamlPath, YamlSource, from_validation, parse_yaml
 from flm.worker.errors import ConfigError
@@ -158,7 +159,7 @@ class ModelSection(Section):
     replicas: Annotated[Replicas, BeforeValidator(_replicas), JsonSchema(_REPLICAS_SCHEMA)] = Replicas(
         start=1, min=0, max=MAX_REPLICAS
     )
-    quantization: Literal["auto", "int4", "int8", "bf16", "fp16", "fp32"] = "auto"
+    quantization: Quantization = "auto"
     kv_cache: KvCacheSection = KvCacheSection()
     max_context: Annotated[int, Field(ge=0)] = 0
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = 64

@@ -99,7 +99,7 @@ def context(demand: Demand, shapes: Shapes) -> int:
 def _weights(demand: Demand, shapes: Shapes, shard: ShardSpec) -> tuple[int, int]:
     held = read = 0.0
     for weight in shapes.weights:
-        bits = weight.bits(demand.quantization, shapes.config.attention.head_dim)
+        bits = weight.bits(demand.quantization)
         size = weight.elements * bits / 8 * shapes.share(weight.split, shard, demand.expert_parallel)
         held += size
         read += size * weight.read

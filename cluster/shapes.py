@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flm.worker.canonical import EMBEDDING, LM_HEAD, VOCABULARY, decoder_tensors
+from flm.worker.canonical import EMBEDDING, LM_HEAD, decoder_tensors
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.config import (
     AttentionConfig,
@@ -21,7 +21,7 @@ from flm.worker.config import (
 from flm.worker.families import registry
 from flm.worker.families.fields import Fields, read_json
 from flm.worker.paths import resolve_model_path
-from flm.worker.precision import DEFAULT_GROUP, SMALL_GROUP, target_format
+from flm.worker.precision import parse_quantization
 from flm.worker.tensor_source import Storage
 from flm.worker.weights import shard_spec
 
@@ -47,19 +47,19 @@ class Weight:
     def elements(self) -> int:
         return self.rows * self.cols * self.count
 
-    def bits(self, quantization: str, head_dim: int) -> float:
+    def bits(self, quantization: str) -> float:
         """Bits per weight in memory, scales and offsets included, under the config's `quantization`."""
         if self.cols == 1:
             return 32.0  # vectors are kept in float32
-        wanted = target_format(self.storage.format, quantization)
-        if quantization == "int4" and self.name in VOCABULARY:
-            wanted = "int8"
+        precision = parse_quantization(quantization)
+        wanted = precision.wanted(self.name, self.storage.format)
+        if wanted == self.storage.format:
+            return self.storage.bits
         if wanted in FLOAT_BITS:
             return FLOAT_BITS[wanted]
-        group = self.storage.group or (SMALL_GROUP if head_dim % DEFAULT_GROUP else DEFAULT_GROUP)
-        affine = wanted == "int4" or self.storage.format == "int4" or self.storage.label in ("Q5_1", "Q5_K")
-        width = 32 if self.storage.label.endswith("_K") and wanted == self.storage.format else 16
-        return (4.0 if wanted == "int4" else 8.0) + width * (1 + affine) / group
+        if self.storage.format == "int4":
+            return self.storage.bits + 4  # the same codes in eight bits
+        return (4 + 32 / precision.group) if wanted == "int4" else 8 + 16 / precision.group
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Shapes:
         """A rank's part, cut where the engine cuts. ConfigError where it cannot be cut so."""
         if self.checkpoint is not None:
             return shard_spec(self.checkpoint, tensor_parallel, rank, quantization)
-        group = DEFAULT_GROUP if quantization in ("int4", "int8") else 1
+        precision = parse_quantization(quantization)
+        group = precision.group if precision.format in ("int4", "int8") else 1
         return ShardSpec(self.config, tensor_parallel, rank, group)
 
     @property
@@ -116,7 +117,7 @@ def read_shapes(path: str) -> Shapes:
     dtype = fields.get("torch_dtype") or fields.get("dtype") or "bfloat16"
     if dtype not in FLOAT_BITS:
         raise fields.fail(f"torch_dtype: one of {', '.join(FLOAT_BITS)} expected, found {dtype!r}")
-    storage = Storage(dtype, dtype, 0, 0)
+    storage = Storage.of_floats(dtype, 0)
     if architecture == _DEEPSEEK:
         return _deepseek_v2(fields, storage)
     config = _qwen(fields) if architecture == _QWEN else registry.read_config(found)[0]

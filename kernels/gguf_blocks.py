@@ -24,12 +24,14 @@ class Affine(NamedTuple):
 
 
 class BlockType(NamedTuple):
-    """One GGUF type: weights and bytes per block, weights per group, bits of a code, and its decoder."""
+    """One GGUF type: weights and bytes per block, weights per group, bits of a code, bits of a group's scale and offset
+    once decoded, and its decoder."""
 
     weights: int
     size: int
     group: int
     bits: int
+    scale_bits: int
     decode: Callable[[Blocks], Affine]
 
 
@@ -133,16 +135,16 @@ def _q6_k(b: Blocks) -> Affine:
 
 
 BLOCK_TYPES = {
-    "Q4_0": BlockType(32, 18, 32, 4, _q4_0),
-    "Q4_1": BlockType(32, 20, 32, 4, _q4_1),
-    "Q5_0": BlockType(32, 22, 32, 8, _q5_0),
-    "Q5_1": BlockType(32, 24, 32, 8, _q5_1),
-    "Q8_0": BlockType(32, 34, 32, 8, _q8_0),
-    "Q2_K": BlockType(256, 84, 16, 4, _q2_k),
-    "Q3_K": BlockType(256, 110, 16, 4, _q3_k),
-    "Q4_K": BlockType(256, 144, 32, 4, _q4_k),
-    "Q5_K": BlockType(256, 176, 32, 8, _q5_k),
-    "Q6_K": BlockType(256, 210, 16, 8, _q6_k),
+    "Q4_0": BlockType(32, 18, 32, 4, 32, _q4_0),
+    "Q4_1": BlockType(32, 20, 32, 4, 32, _q4_1),
+    "Q5_0": BlockType(32, 22, 32, 8, 16, _q5_0),
+    "Q5_1": BlockType(32, 24, 32, 8, 32, _q5_1),
+    "Q8_0": BlockType(32, 34, 32, 8, 16, _q8_0),
+    "Q2_K": BlockType(256, 84, 16, 4, 64, _q2_k),
+    "Q3_K": BlockType(256, 110, 16, 4, 64, _q3_k),
+    "Q4_K": BlockType(256, 144, 32, 4, 64, _q4_k),
+    "Q5_K": BlockType(256, 176, 32, 8, 64, _q5_k),
+    "Q6_K": BlockType(256, 210, 16, 8, 32, _q6_k),
 }
 
 TYPE_NUMBERS = {

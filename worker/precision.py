@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flm.kernels.quant import QuantizedMatrix, concat_rows, from_float, quantize, same_order
+from flm.worker.canonical import VOCABULARY
 from flm.worker.errors import ConfigError
 
-QUANTIZATIONS = ("auto", "int4", "int8", "bf16", "fp16", "fp32")
-_FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+QUANTIZATIONS = ("auto", "int4", "int8", *FLOATS)
+QUANTIZATION_PATTERN = r"^(auto|bf16|fp16|fp32|(int4|int8)(:group=[0-9]+)?)$"
 DEFAULT_GROUP = 32  # of weights that are quantised here
 SMALL_GROUP = 16  # the smallest that kernels take
+LARGEST_GROUP = 1024
 
 
-def check_quantization(quantization: str) -> None:
-    """Raises ConfigError for a name that load_weights does not know."""
-    if quantization not in QUANTIZATIONS:
+@dataclass(frozen=True)
+class Precision:
+    """What `quantization` asks for. format: of QuantizedMatrix, "" for the checkpoint's own. group: inputs that share a
+    scale in weights that are quantised here."""
+
+    format: str = ""
+    group: int = DEFAULT_GROUP
+
+    def wanted(self, name: str, stored: str) -> str:
+        """The format of the tensor with this canonical name that is stored in format `stored`. Asked for int4, the
+        embedding and the LM head become int8, where four bits cost the most."""
+        if self.format == "int4" and name in VOCABULARY:
+            return "int8"
+        return self.format or stored
+
+    def group_for(self, inputs: int) -> int:
+        """The group of a matrix that is quantised here: not wider than the matrix."""
+        return min(self.group, -(-inputs // SMALL_GROUP) * SMALL_GROUP)
+
+
+def parse_quantization(quantization: str) -> Precision:
+    """The Precision of "auto", "bf16", "fp16", "fp32", "int8" or "int4", the last two also as "int4:group=64". Raises
+    ConfigError for others."""
+    kind, separator, rest = quantization.partition(":group=")
+    if re.match(QUANTIZATION_PATTERN, quantization) is None:
+        known = ", ".join(QUANTIZATIONS)
         raise ConfigError(
-            f"one of {', '.join(QUANTIZATIONS)} expected, got {quantization!r}", field="quantization"
+            f"one of {known}, or int4:group=64, expected, got {quantization!r}", field="quantization"
         )
-
-
-def target_format(stored: str, quantization: str) -> str:
-    """QuantizedMatrix' format of a weight that is stored in format `stored`."""
-    return stored if quantization == "auto" else _FLOATS.get(quantization, quantization)
+    group = int(rest) if separator else DEFAULT_GROUP
+    if group % SMALL_GROUP or not SMALL_GROUP <= group <= LARGEST_GROUP:
+        raise ConfigError(
+            f"a group that is a multiple of {SMALL_GROUP} of at most {LARGEST_GROUP} expected, got {group}",
+            field="quantization",
+        )
+    return Precision("" if kind == "auto" else FLOATS.get(kind, kind), group)
 
 
 def convert(matrix: QuantizedMatrix, format: str, group: int) -> QuantizedMatrix:

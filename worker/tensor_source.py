@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.errors import KernelError
 from flm.kernels.gguf_blocks import BLOCK_TYPES
-from flm.kernels.quant import QuantizedMatrix, from_float, from_gguf_blocks, to_float32
+from flm.kernels.quant import FLOAT_DTYPES, QuantizedMatrix, from_float, from_gguf_blocks, to_float32
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
 from flm.worker.gguf_file import GGUFFile
@@ -24,12 +24,23 @@ _DECODE_WEIGHTS = 1 << 23  # weights decoded at once: bounds the temporaries of 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a tensor is stored: its label for people, and QuantizedMatrix' format and group (0 for floats)."""
+    """How a tensor is stored: its label for people, QuantizedMatrix' format and group (0 for floats), its bytes there,
+    and bits per weight in memory, scales and offsets included, where it is kept as it is."""
 
     label: str
     format: str
     group: int
     nbytes: int
+    bits: float
+
+    @staticmethod
+    def of_floats(format: str, nbytes: int) -> Storage:
+        return Storage(format, format, 0, nbytes, FLOAT_DTYPES[format].itemsize * 8)
+
+    @staticmethod
+    def of_groups(label: str, format: str, group: int, nbytes: int, scale_bits: float) -> Storage:
+        """scale_bits: of scale and offset, per weight."""
+        return Storage(label, format, group, nbytes, (4 if format == "int4" else 8) + scale_bits)
 
 
 class SafetensorsSource:
@@ -54,7 +65,7 @@ class SafetensorsSource:
                 str(self._tensors[name].path),
                 f"tensor {name!r} has dtype {entry.dtype}; weights in {', '.join(_FORMATS)} expected",
             )
-        return Storage(_FORMATS[entry.dtype], _FORMATS[entry.dtype], 0, entry.nbytes)
+        return Storage.of_floats(_FORMATS[entry.dtype], entry.nbytes)
 
     def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
         values = self._tensors[name].read(name, rows, cols)
@@ -86,9 +97,10 @@ class GGUFSource:
     def storage(self, name: str) -> Storage:
         tensor = self._file.tensors[name]
         if tensor.type in _FORMATS:
-            return Storage(_FORMATS[tensor.type], _FORMATS[tensor.type], 0, tensor.nbytes)
+            return Storage.of_floats(_FORMATS[tensor.type], tensor.nbytes)
         kind = BLOCK_TYPES[tensor.type]
-        return Storage(tensor.type, "int4" if kind.bits == 4 else "int8", kind.group, tensor.nbytes)
+        format = "int4" if kind.bits == 4 else "int8"
+        return Storage.of_groups(tensor.type, format, kind.group, tensor.nbytes, kind.scale_bits / kind.group)
 
     def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
         tensor = self._file.tensors[name]
@@ -144,4 +156,4 @@ def stack_rows(pieces: Any, rows: int) -> QuantizedMatrix:
         last = piece
     codes, scales, offsets = out
     assert codes is not None
-    return QuantizedMatrix(last.format, (rows, last.shape[1]), codes, last.group, scales, offsets)
+    return replace(last, shape=(rows, last.shape[1]), codes=codes, scales=scales, offsets=offsets)

@@ -7,25 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from math import lcm, prod
+from math import gcd, lcm, prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.quant import QuantizedMatrix
-from flm.worker.canonical import EMBEDDING, LM_HEAD, VOCABULARY, decoder_tensors
+from flm.worker.canonical import EMBEDDING, LM_HEAD, decoder_tensors
 from flm.worker.checkpoint import Checkpoint
 from flm.worker.config import ShardSpec, Span
 from flm.worker.errors import ConfigError
 from flm.worker.precision import (
-    DEFAULT_GROUP,
     SMALL_GROUP,
-    check_quantization,
+    Precision,
     convert,
     fuse,
+    parse_quantization,
     regroup,
     row_pieces,
-    target_format,
 )
 from flm.worker.tensor_source import stack_rows
 
@@ -40,13 +39,12 @@ class ModelWeights:
         self,
         checkpoint: Checkpoint,
         shard: ShardSpec,
-        quantization: str,
+        precision: Precision,
         on_progress: Callable[[float], None],
     ) -> None:
         self.shard = shard
-        self._checkpoint, self._quantization = checkpoint, quantization
+        self._checkpoint, self._precision = checkpoint, precision
         self._on_progress, self._read = on_progress, 0
-        self._group = _group_for(shard.model.attention.head_dim)
 
     @property
     def embedding(self) -> QuantizedMatrix:
@@ -87,27 +85,25 @@ class ModelWeights:
         n, k = self._checkpoint.shape(name)
         rows, cols = rows or Span(0, n), cols or Span(0, k)
         stored = self._checkpoint.storage(name)
-        wanted = _wanted_format(name, stored.format, self._quantization)
-        if wanted == stored.format:
-            matrix = self._slice(name, rows, cols)
-        else:
-            pieces = (
-                convert(self._slice(name, Span(rows.start + a, rows.start + b), cols), wanted, self._group)
-                for a, b in row_pieces(rows.size, cols.size)
-            )
-            matrix = stack_rows(pieces, rows.size)
+        wanted = self._precision.wanted(name, stored.format)
+        rounded = wanted in ("int4", "int8") and wanted != stored.format
+        group = self._precision.group_for(k) if rounded else stored.group
+        # whole groups are rounded and then cut, so that no weight depends on the number of ranks
+        outer = _around(cols, lcm(max(group, 1), max(stored.group, 1)), k)
+        matrix = self._converted(name, rows, outer, wanted, group)
+        if outer != cols:
+            matrix = regroup(matrix, gcd(matrix.group, cols.start, 0 if cols.stop == k else cols.stop))
+            matrix = matrix.slice_cols(cols.start - outer.start, cols.stop - outer.start)
         self._read += rows.size * cols.size
         self._on_progress(min(self._read / self._total, 1.0))
         return matrix
 
-    def _slice(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
-        """Columns as asked, in smaller groups where they begin or end within a group as it is stored."""
-        k, group = self._checkpoint.shape(name)[1], self._checkpoint.storage(name).group
-        if not group or _on_border(cols, group, k):
+    def _converted(self, name: str, rows: Span, cols: Span, wanted: str, group: int) -> QuantizedMatrix:
+        if wanted == self._checkpoint.storage(name).format:
             return self._checkpoint.matrix(name, rows, cols)
-        outer = Span(cols.start // group * group, min(-(-cols.stop // group) * group, k))
-        small = regroup(self._checkpoint.matrix(name, rows, outer), SMALL_GROUP)
-        return small.slice_cols(cols.start - outer.start, cols.stop - outer.start)
+        read = lambda a, b: self._checkpoint.matrix(name, Span(rows.start + a, rows.start + b), cols)
+        pieces = (convert(read(a, b), wanted, group) for a, b in row_pieces(rows.size, cols.size))
+        return stack_rows(pieces, rows.size)
 
     @cached_property
     def _total(self) -> float:
@@ -120,10 +116,9 @@ def load_weights(
     checkpoint: Checkpoint, shard: ShardSpec, quantization: str, on_progress: Callable[[float], None]
 ) -> ModelWeights:
     """This rank's weights, read lazily. quantization "auto" keeps the checkpoint's precision; "int8", "int4", "bf16",
-    "fp16" and "fp32" convert. "int4" keeps the embedding and the LM head in int8, where four bits cost the most.
-    Raises ConfigError for another name."""
-    check_quantization(quantization)
-    return ModelWeights(checkpoint, shard, quantization, on_progress)
+    "fp16" and "fp32" convert, the first two also with a group, as "int4:group=64". Weights that are integers of that
+    width already stay as they are. Raises ConfigError for another name."""
+    return ModelWeights(checkpoint, shard, parse_quantization(quantization), on_progress)
 
 
 def shard_spec(checkpoint: Checkpoint, tp_size: int, tp_rank: int, quantization: str) -> ShardSpec:
@@ -132,13 +127,13 @@ def shard_spec(checkpoint: Checkpoint, tp_size: int, tp_rank: int, quantization:
     Raises ConfigError where some rank would have no heads, no part of the MLP or no vocabulary, or where
     quantised weights cannot be cut between those heads.
     """
-    check_quantization(quantization)
+    precision = parse_quantization(quantization)
     m = checkpoint.config
     if not 0 <= tp_rank < tp_size:
         raise ConfigError(f"a rank below {tp_size} expected, got {tp_rank}", field="tensor_parallel")
     if tp_size > m.attention.heads:
         raise _too_many(tp_size, f"{m.attention.heads} attention heads")
-    group = _down_group(checkpoint, quantization)
+    group = _down_group(checkpoint, precision)
     intermediate = m.feed_forward.intermediate
     if tp_size > -(-intermediate // group):
         group = min(group, SMALL_GROUP)  # groups can be cut in halves exactly
@@ -156,27 +151,21 @@ def _too_many(tp_size: int, what: str) -> ConfigError:
     return ConfigError(f"{tp_size} ranks are too many for {what}", field="tensor_parallel")
 
 
-def _wanted_format(name: str, stored: str, quantization: str) -> str:
-    wanted = target_format(stored, quantization)
-    vocabulary = name in VOCABULARY
-    return "int8" if wanted == "int4" and vocabulary and quantization == "int4" else wanted
-
-
-def _down_group(checkpoint: Checkpoint, quantization: str) -> int:
+def _down_group(checkpoint: Checkpoint, precision: Precision) -> int:
     """A multiple of every layer's group along the inputs of its down projection; 1 for float weights."""
     groups = [1]
     for name in (n for n in checkpoint.shapes if n.endswith(".mlp.down_proj.weight")):
         stored = checkpoint.storage(name)
-        wanted = _wanted_format(name, stored.format, quantization)
+        wanted = precision.wanted(name, stored.format)
         groups.append(max(stored.group, 1))
         if wanted != stored.format and wanted in ("int4", "int8"):
-            groups.append(_group_for(checkpoint.config.attention.head_dim))
+            groups.append(precision.group_for(checkpoint.shape(name)[1]))
     return lcm(*groups)
 
 
-def _group_for(head_dim: int) -> int:
-    """The group of weights quantised here: one that heads can be cut by, for the same codes on any number of ranks."""
-    return DEFAULT_GROUP if head_dim % DEFAULT_GROUP == 0 else SMALL_GROUP
+def _around(cols: Span, group: int, width: int) -> Span:
+    """`cols` widened to whole groups."""
+    return Span(cols.start // group * group, min(-(-cols.stop // group) * group, width))
 
 
 def _on_border(cols: Span, group: int, width: int) -> bool:

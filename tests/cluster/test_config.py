@@ -68,7 +68,8 @@ MISTAKES = [
     (model("replicas: {min: 3, max: 2}"), 6, "models[0].replicas", "expected a number of replicas"),
     (model("replicas: true"), 6, "models[0].replicas", "expected a number of replicas"),
     (model("device: tpu"), 6, "models[0].device", "expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
-    (model("quantization: int3"), 6, "models[0].quantization", "expected 'auto', 'int4'"),
+    (model("quantization: int3"), 6, "models[0].quantization", "one of auto, int4, int8"),
+    (model("quantization: int4:group=24"), 6, "models[0].quantization", "a multiple of 16 of at most 1024"),
     (model("kv_cache: {memory: 1GOB}"), 6, "models[0].kv_cache.memory", "expected a size such as 1GiB"),
     (model(f"kv_cache: {{memory: {'9' * 400}GiB}}"), 6, "models[0].kv_cache.memory", "less than 8 EiB"),
     (

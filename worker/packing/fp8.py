@@ -40,7 +40,7 @@ class FP8:
 
     def storage(self, module: Module) -> Storage:
         self.shape(module)
-        return Storage("FP8", "fp8", FP8_BLOCK, module.nbytes(self.parts))
+        return Storage.of_groups("FP8", "fp8", FP8_BLOCK, module.nbytes(self.parts), 32 / FP8_BLOCK)
 
     def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
         n, k = self.shape(module)

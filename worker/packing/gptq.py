@@ -42,8 +42,10 @@ class GPTQ:
 
     def storage(self, module: Module) -> Storage:
         _, k = self.shape(module)
-        group = unit_of(self.group, k) if self._order(module, k) is None else NARROWEST_GROUP
-        return Storage(f"GPTQ int{self.bits}", f"int{self.bits}", group, module.nbytes(self.parts))
+        unit = unit_of(self.group, k)
+        group = unit if self._order(module, k) is None else NARROWEST_GROUP
+        label, format, size = f"GPTQ int{self.bits}", f"int{self.bits}", module.nbytes(self.parts)
+        return Storage.of_groups(label, format, group, size, scale_bits=64 / unit)
 
     def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
         _, k = self.shape(module)

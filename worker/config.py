@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -9,17 +10,39 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "llama3" | "factors"; the other fields only
-    matter for the kinds that read them. Rotate-half pairing always (interleaved checkpoints are permuted at load)."""
+    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "ntk_steps" | "llama3" | "yarn" | "factors"; the other
+    fields only matter for the kinds that read them. Rotate-half pairing always (interleaved checkpoints are permuted at
+    load). "dynamic" and "ntk_steps" depend on the length of the request's prompt."""
 
     theta: float = 10000.0
-    rotary_dim: int = 0  # values of each head that rotate, even
+    rotary_dim: int = 0  # values of each head that rotate, even; 0: positions do not enter here
     scaling: str = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 0
     factors: tuple[float, ...] = ()  # "factors": what each of the rotary_dim / 2 frequencies is divided by
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    magnitude: float = 1.0  # of rotated vectors
+
+    @property
+    def per_request(self) -> bool:
+        """Whether requests rotate differently, by the length of their prompts."""
+        return self.scaling in ("dynamic", "ntk_steps")
+
+    def stretch(self, prompt_length: int) -> float:
+        """What theta is multiplied by, to the power d / (d - 2), for a request with a prompt of that length: 1 up to the
+        trained length. It stays what it was at the prompt, so that cached keys keep their angles.
+
+        "dynamic" is transformers' formula of the length at hand; "ntk_steps" that of Qwen's first release, the same for
+        all prompts between two powers of two of the trained length."""
+        trained = self.original_max_position
+        if not self.per_request or prompt_length <= trained:
+            return 1.0
+        if self.scaling == "dynamic":
+            return self.factor * prompt_length / trained - (self.factor - 1)
+        return float(2 ** math.ceil(math.log2(prompt_length / trained) + 1) - 1)
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,11 @@ class AttentionConfig:
     rope: RopeConfig
     qkv_bias: bool = False
     output_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over every head of q and k, before they rotate
+    alibi: bool = False  # scores fall linearly with distance (arXiv:2108.12409)
+    logn_length: int = (
+        0  # q at position p > this is multiplied by log(p) / log(this), p counted from 1; 0: never
+    )
 
     @property
     def heads_per_kv(self) -> int:
@@ -73,8 +101,17 @@ class ModelConfig:
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
     tie_embeddings: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what every layer adds
+    logit_scale: float = 1.0
+    unit_head: bool = False  # rows of the LM head are divided by their norms as they are read
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+
+    def cache_key(self, prompt_ids: tuple[int, ...]) -> str:
+        """Prompts with different keys give different K and V to the same tokens."""
+        stretched = self.attention.rope.stretch(len(prompt_ids))
+        return "" if stretched == 1.0 else f"\0rope {stretched!r}"
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V of one token over all layers, unsharded."""

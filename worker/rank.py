@@ -146,7 +146,7 @@ class Rank:
         limits = Limits(spec.max_sequences, spec.max_step_tokens, spec.max_queue, self.max_context)
         pool = BlockPool(self.num_blocks, spec.block_size)
         config = self.checkpoint.config
-        scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab)
+        scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config.cache_key)
         self._replica = Replica(scheduler, self.runner, channel, config, self.max_context)  # type: ignore[arg-type]
 
     @property

@@ -17,6 +17,7 @@ from flm.kernels.backend import Backend, Graph
 from flm.worker.layers.loading import StepInputs
 from flm.worker.model import Decoder
 from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
+from flm.worker.rope import RequestAngles
 from flm.worker.sampling import SamplingRow, build_batch
 
 Array = Any
@@ -29,6 +30,7 @@ class SlotState:
         self.tokens: NDArray[np.int32] = np.empty(max_context + 1, np.int32)
         self.count = 0
         self.blocks = 0
+        self.num_prompt = new.num_prompt
         self.row = SamplingRow(new.params, new.token_ids, new.num_prompt)
         self._extend(new.token_ids)
 
@@ -68,6 +70,8 @@ class Runner:
         self._rows_S = int32(max_sequences)
         self._sampled_S, self._logprobs_S = int32(max_sequences), np.zeros(max_sequences, np.float32)
         self._graphs: dict[int, tuple[Graph, Array]] = {}
+        rope = model.shard.model.attention.rope
+        self._angles = RequestAngles(rope, max_tokens) if rope.per_request else None
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Carry out one plan; a StepResult on the leader, None on the others."""
@@ -116,6 +120,8 @@ class Runner:
             self._ids_T[t : t + n] = self.slots[item.slot].tokens[start : start + n]
             self._positions_T[t : t + n] = range(start, start + n) if n < 8 else np.arange(start, start + n)
             self._sequence_T[t : t + n] = item.slot
+            if self._angles is not None:
+                self._angles.write(t, self._positions_T[t : t + n], self.slots[item.slot].num_prompt)
             t += n
         positions_T = self._positions_T[:t]
         blocks_T = self._tables_SB[self._sequence_T[:t], positions_T // self.block_size]
@@ -129,7 +135,13 @@ class Runner:
             self._slots_T[:tokens],
             self._sequence_T[:tokens],
             self._tables_SB,
+            *self._rotary(tokens),
         )
+
+    def _rotary(self, tokens: int) -> tuple[Array, Array | None, Array | None]:
+        if self._angles is None:
+            return self._positions_T[:tokens], None, None
+        return self._angles.rows_T[:tokens], self._angles.cos_TR[:tokens], self._angles.sin_TR[:tokens]
 
     def _forward(self, plan: StepPlan, tokens: int, rows: int) -> Array:
         """Logits [S, vocab] of the rows to sample, in the order of plan.scheduled."""

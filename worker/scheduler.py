@@ -12,6 +12,7 @@ others and no sequence may outgrow the pool, so every step makes progress.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from operator import attrgetter
 
 from flm.worker.blocks import BlockPool, BlockTable
@@ -31,10 +32,14 @@ class Scheduler:
     may come at any point in between, from the same thread."""
 
     def __init__(
-        self, pool: BlockPool, limits: Limits, eos_token_ids: tuple[int, ...], vocab_size: int
+        self,
+        pool: BlockPool,
+        limits: Limits,
+        eos_token_ids: tuple[int, ...],
+        vocab_size: int,
+        cache_key: Callable[[tuple[int, ...]], str] = lambda prompt_ids: "",  # other keys share no blocks
     ) -> None:
-        self.limits = limits
-        self.pool = pool
+        self.limits, self.pool, self._cache_key = limits, pool, cache_key
         self._eos = frozenset(eos_token_ids)
         self._vocab_size = vocab_size
         self._live: dict[str, Sequence] = {}
@@ -99,7 +104,7 @@ class Scheduler:
         sequence = Sequence(
             request,
             [*request.prompt_ids, *request.resumed_ids],
-            BlockTable(self.pool, request.cache_salt),
+            BlockTable(self.pool, request.cache_salt + self._cache_key(request.prompt_ids)),
             precedence=(-request.priority, self._arrivals),
             arrived=now,
             max_length=min(len(request.prompt_ids) + request.params.max_tokens, self.context_limit),

@@ -17,6 +17,13 @@ def same_names(config: ModelConfig) -> dict[str, Recipe]:
     return {name: Recipe(name) for name in decoder_tensors(config)}
 
 
+def thirds(config: ModelConfig, part: str, tensor: str) -> Recipe:
+    """self_attn.q_proj, k_proj or v_proj out of a matrix that holds q, k and v one below the other."""
+    a = config.attention
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    return Recipe(tensor, {"q": 0, "k": q, "v": q + kv}[part.removeprefix("self_attn.")[0]])
+
+
 @dataclass(frozen=True)
 class Family:
     """`read` makes the decoder's description of config.json, `recipes` says where each canonical tensor lies.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 from flm.worker.config import ModelConfig, RopeConfig
 from flm.worker.errors import CheckpointError
 from flm.worker.families.fields import Fields, read_json
 
 MAX_LAYERS = 4096  # far beyond any model's, far below what a damaged number can ask for
-_ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3")
+_ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def check_activation(fields: Fields) -> None:
@@ -31,29 +34,57 @@ def end_tokens(fields: Fields) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
-def rope(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
-    """`rope_parameters` (transformers ≥ 5), or `rope_scaling` beside `rope_theta`."""
+def rope(fields: Fields, head_dim: int, max_position: int, partial: float = 1.0) -> RopeConfig:
+    """`rope_parameters` (transformers ≥ 5), or `rope_scaling` beside `rope_theta`. `partial`: the part of a head that
+    rotates where the fields do not say."""
     scaling = fields.section("rope_parameters") or fields.section("rope_scaling") or Fields(fields.file, {})
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in _ROPE_SCALINGS:
         raise fields.fail(f"rope scaling {kind!r} is not supported; supported: {', '.join(_ROPE_SCALINGS)}")
     theta = scaling if scaling.get("rope_theta") is not None else fields
     part = scaling if scaling.get("partial_rotary_factor") is not None else fields
-    rotary_dim = int(head_dim * part.number("partial_rotary_factor", 1.0))
+    rotary_dim = int(head_dim * part.number("partial_rotary_factor", partial))
     plain = RopeConfig(theta=theta.number("rope_theta", 10000.0), rotary_dim=rotary_dim)
     if kind == "default":
         return plain
-    return RopeConfig(
-        theta=plain.theta,
-        rotary_dim=rotary_dim,
+    scaled = replace(
+        plain,
         scaling=kind,
         factor=scaling.number("factor"),
-        low_freq_factor=scaling.number("low_freq_factor") if kind == "llama3" else 1.0,
-        high_freq_factor=scaling.number("high_freq_factor") if kind == "llama3" else 4.0,
         original_max_position=scaling.integer(
             "original_max_position_embeddings", *(() if kind == "llama3" else (max_position,))
         ),
     )
+    if kind == "llama3":
+        low, high = scaling.number("low_freq_factor"), scaling.number("high_freq_factor")
+        return replace(scaled, low_freq_factor=low, high_freq_factor=high)
+    return _yarn(scaling, scaled) if kind == "yarn" else scaled
+
+
+def _yarn(scaling: Fields, rope: RopeConfig) -> RopeConfig:
+    """The magnitude is mscale(factor, mscale) / mscale(factor, mscale_all_dim) where both are given, as DeepSeek does."""
+    magnitude = yarn_mscale(rope.factor, 1.0)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        part, whole = (yarn_mscale(rope.factor, scaling.number(n)) for n in ("mscale", "mscale_all_dim"))
+        magnitude = part / whole
+    return replace(
+        rope,
+        beta_fast=scaling.number("beta_fast", 32.0),
+        beta_slow=scaling.number("beta_slow", 1.0),
+        magnitude=scaling.number("attention_factor", magnitude),
+    )
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """How much larger scores get with a context `factor` times as long (arXiv:2309.00071)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def longest(max_position: int, rope: RopeConfig) -> int:
+    """Positions that the scaled rope reaches: `max_position_embeddings` may name those before scaling."""
+    if rope.scaling in ("dynamic", "yarn"):
+        return max(max_position, int(rope.original_max_position * rope.factor))
+    return max_position
 
 
 def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
@@ -64,7 +95,7 @@ def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
         (a.heads % a.kv_heads, f"{a.heads} attention heads cannot be shared by {a.kv_heads} key-value heads"),
         (a.head_dim % 2, f"an even head size expected, found {a.head_dim}"),
         (
-            r.rotary_dim % 2 or not 0 < r.rotary_dim <= a.head_dim,
+            r.rotary_dim % 2 or not 0 <= r.rotary_dim <= a.head_dim,
             f"an even rotary size of at most {a.head_dim} (the head size) expected, found {r.rotary_dim}",
         ),
         (

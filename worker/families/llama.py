@@ -4,35 +4,45 @@ from __future__ import annotations
 
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
 from flm.worker.families import hub
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, same_names
 from flm.worker.families.fields import Fields
+from flm.worker.recipe import Recipe
 
 
 def read(
-    fields: Fields, family: str = "llama", qkv_bias: bool = False, output_bias: bool = False
+    fields: Fields,
+    family: str = "llama",
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    qk_norm: bool = False,
+    partial_rotary: float = 1.0,
+    default_tied: bool = False,
 ) -> ModelConfig:
-    """A decoder with Llama's fields in config.json."""
+    """A decoder with Llama's fields in config.json. `partial_rotary`, `default_tied`: where the fields do not say."""
     hub.check_activation(fields)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", hidden // heads)
     max_position = fields.integer("max_position_embeddings", 2048)
+    rope = hub.rope(fields, head_dim, max_position, partial_rotary)
     return ModelConfig(
         family=family,
         hidden=hidden,
         layers=fields.integer("num_hidden_layers"),
         vocab=fields.integer("vocab_size"),
-        max_position=max_position,
+        max_position=hub.longest(max_position, rope),
         norm=NormConfig(fields.number("rms_norm_eps", 1e-6)),
         attention=AttentionConfig(
             heads=heads,
             kv_heads=fields.integer("num_key_value_heads", heads),
             head_dim=head_dim,
-            rope=hub.rope(fields, head_dim, max_position),
+            rope=rope,
             qkv_bias=qkv_bias,
             output_bias=output_bias,
+            qk_norm=qk_norm,
         ),
         feed_forward=FeedForwardConfig(fields.integer("intermediate_size"), fields.flag("mlp_bias", False)),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        tie_embeddings=fields.flag("tie_word_embeddings", default_tied),
         bos_token_id=hub.first_token(fields),
         eos_token_ids=hub.end_tokens(fields),
     )
@@ -48,6 +58,14 @@ def _internlm(fields: Fields) -> ModelConfig:
     return read(fields, "internlm", qkv_bias=bias, output_bias=bias)
 
 
+def _old_yi(config: ModelConfig) -> dict[str, Recipe]:
+    """The oldest revisions of Yi name the norms ln1 and ln2."""
+    rename = lambda n: n.replace(".input_layernorm.", ".ln1.").replace(".post_attention_layernorm.", ".ln2.")
+    return {name: Recipe(rename(name)) for name in same_names(config)}
+
+
 # the second spelling is that of early conversions of LLaMA 1
 LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), _llama)
 INTERNLM = Family("internlm", ("InternLMForCausalLM",), _internlm)
+XVERSE = Family("xverse", ("XverseForCausalLM",), lambda fields: read(fields, "xverse"))
+YI = Family("yi", ("YiForCausalLM",), lambda fields: read(fields, "yi"), _old_yi)

@@ -22,6 +22,12 @@ class Rotary:
         cos_PR, sin_PR = rope_tables(loading.shard.model.attention.rope, positions)
         self.cos_PR, self.sin_PR = loading.backend.asarray(cos_PR), loading.backend.asarray(sin_PR)
 
+    def tables(self, inputs: StepInputs) -> tuple[Array, Array]:
+        """cos and sin, [rows, R]: the step's own where requests rotate differently."""
+        if inputs.cos_TR is None or inputs.sin_TR is None:
+            return self.cos_PR, self.sin_PR
+        return inputs.cos_TR, inputs.sin_TR
+
 
 class Attention:
     """One layer's attention. The sum over ranks is left to the caller."""
@@ -44,9 +50,9 @@ class Attention:
         """delta = this rank's part of attention(h); writes the tokens' K and V to the cache."""
         ops, T = self._ops, len(h_TE)
         qkv_TC, q_THD, out_THD = self._qkv_TC[:T], self._q_THD[:T], self._out_THD[:T]
-        cos_PR, sin_PR = self._rotary.cos_PR, self._rotary.sin_PR
+        cos_PR, sin_PR = self._rotary.tables(inputs)
         ops.linear(h_TE, self.qkv, qkv_TC, self.qkv_bias)
-        ops.rope_kv_write(qkv_TC, inputs.positions_T, inputs.slots_T, cos_PR, sin_PR, self._cache, q_THD)
+        ops.rope_kv_write(qkv_TC, inputs.rotary_rows_T, inputs.slots_T, cos_PR, sin_PR, self._cache, q_THD)
         ops.paged_attention(
             q_THD,
             self._cache,

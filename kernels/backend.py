@@ -54,6 +54,15 @@ class KVCache(Protocol):
     def nbytes(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm over each head's D columns: weights of q and of k, on the device."""
+
+    q_D: Array
+    k_D: Array
+    eps: float
+
+
 class Graph(Protocol):
     """Recorded ops. It keeps every array it uses alive; change their contents between replays, never their place."""
 
@@ -136,8 +145,10 @@ class Backend(Protocol):
         """out = x @ weight.T (+ bias), or out += that where accumulate. out must not overlap x."""
         ...
 
-    def embedding(self, weight: PackedMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
-        """out[t] = weight[ids[t] - first_row]; zeros where that is outside of 0..N, so vocabulary shards add up."""
+    def embedding(
+        self, weight: PackedMatrix, ids_T: Array, out_TE: Array, first_row: int = 0, scale: float = 1.0
+    ) -> None:
+        """out[t] = scale * weight[ids[t] - first_row]; zeros where that is outside of 0..N, so vocabulary shards add up."""
         ...
 
     def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
@@ -161,10 +172,13 @@ class Backend(Protocol):
         sin_PR: Array,
         cache: KVCache,
         q_out_THD: Array,
+        head_norm: HeadNorm | None = None,
+        q_scale_P: Array | None = None,
     ) -> None:
         """Rotate q and k (halves: column d pairs with d + R; columns from 2R on stay), store k and v, put q in q_out.
 
         C = (H + 2J) * D, columns q then k then v; J and D are the cache's, H is q_out's. slots -1: nothing stored.
+        head_norm: every head of q and k is normed before. q_scale: q is multiplied by q_scale[position] after.
         """
         ...
 
@@ -177,11 +191,13 @@ class Backend(Protocol):
         positions_T: Array,
         scale: float,
         out_THD: Array,
+        slopes_H: Array | None = None,
     ) -> None:
         """Token t of sequence seq_index[t] attends to that sequence's cached positions 0..positions[t], inclusive.
 
         Query head h reads key-value head floor(h * J / H). Serves decode, chunked prefill and mixtures.
-        seq_index -1: a padding token, out is zero.
+        seq_index -1: a padding token, out is zero. slopes (ALiBi, arXiv:2108.12409): scores of head h get
+        slopes[h] * (position - positions[t]) added after they are scaled.
         """
         ...
 

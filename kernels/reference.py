@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.backend import SamplingBatch
+from flm.kernels.backend import HeadNorm, SamplingBatch
 from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.reference_classic import ReferenceClassicOps
 from flm.kernels.reference_experts import ReferenceExpertOps
 from flm.kernels.reference_latent import ReferenceLatentOps
 from flm.kernels.reference_sampling import sample_row, top_logprobs
@@ -62,7 +63,7 @@ class ReferenceCache:
         return self.k.nbytes + self.v.nbytes
 
 
-class ReferenceBackend(ReferenceExpertOps, ReferenceLatentOps):
+class ReferenceBackend(ReferenceClassicOps, ReferenceExpertOps, ReferenceLatentOps):
     """The Backend protocol in NumPy. dtype: of the arithmetic, float32 or float64."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
@@ -101,11 +102,13 @@ class ReferenceBackend(ReferenceExpertOps, ReferenceLatentOps):
 
         self._do(call)
 
-    def embedding(self, weight: ReferenceMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
+    def embedding(
+        self, weight: ReferenceMatrix, ids_T: Array, out_TE: Array, first_row: int = 0, scale: float = 1.0
+    ) -> None:
         def call() -> None:
             rows = ids_T.astype(np.int64) - first_row
             inside = (rows >= 0) & (rows < weight.shape[0])
-            out_TE[...] = np.where(inside[:, None], weight.values[np.where(inside, rows, 0)], 0)
+            out_TE[...] = np.where(inside[:, None], weight.values[np.where(inside, rows, 0)] * scale, 0)
 
         self._do(call)
 
@@ -142,17 +145,24 @@ class ReferenceBackend(ReferenceExpertOps, ReferenceLatentOps):
         sin_PR: Array,
         cache: ReferenceCache,
         q_out_THD: Array,
+        head_norm: HeadNorm | None = None,
+        q_scale_P: Array | None = None,
     ) -> None:
         def call() -> None:
             heads, kv, dim = q_out_THD.shape[1], cache.kv_heads, cache.head_dim
             half = cos_PR.shape[1]
             all_heads = qkv_TC.astype(self.dtype).reshape(len(qkv_TC), heads + 2 * kv, dim)
+            if head_norm is not None:
+                normed = (head_norm.q_D, head_norm.k_D)
+                for part, weight_D in zip((slice(heads), slice(heads, heads + kv)), normed, strict=True):
+                    all_heads[:, part] = self._normed(all_heads[:, part], weight_D, head_norm.eps)
             turned = all_heads[:, : heads + kv].copy()
             cos, sin = cos_PR[positions_T][:, None], sin_PR[positions_T][:, None]
             first, second = all_heads[:, : heads + kv, :half], all_heads[:, : heads + kv, half : 2 * half]
             turned[..., :half] = first * cos - second * sin
             turned[..., half : 2 * half] = second * cos + first * sin
-            q_out_THD[...] = turned[:, :heads]
+            scale_T11 = 1 if q_scale_P is None else q_scale_P[positions_T][:, None, None]
+            q_out_THD[...] = turned[:, :heads] * scale_T11
             stored = slots_T >= 0
             cache.k[slots_T[stored]] = turned[stored, heads:]
             cache.v[slots_T[stored]] = all_heads[stored, heads + kv :]
@@ -168,6 +178,7 @@ class ReferenceBackend(ReferenceExpertOps, ReferenceLatentOps):
         positions_T: Array,
         scale: float,
         out_THD: Array,
+        slopes_H: Array | None = None,
     ) -> None:
         def call() -> None:
             heads = q_THD.shape[1]
@@ -185,6 +196,8 @@ class ReferenceBackend(ReferenceExpertOps, ReferenceLatentOps):
                 scores_HL = np.einsum("hd,lhd->hl", q_THD[t].astype(self.dtype), k_LHD) * self.dtype.type(
                     scale
                 )
+                if slopes_H is not None:
+                    scores_HL += slopes_H[:, None] * (np.arange(length) - length + 1)
                 weights_HL = np.exp(scores_HL - scores_HL.max(axis=1, keepdims=True))
                 weights_HL /= weights_HL.sum(axis=1, keepdims=True)
                 out_THD[t] = np.einsum("hl,lhd->hd", weights_HL, v_LHD)

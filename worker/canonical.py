@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flm.worker.config import FeedForwardConfig, ModelConfig
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING_NORM = "model.embed_norm"
 VOCABULARY = (EMBEDDING, LM_HEAD)
 
 
@@ -31,21 +32,22 @@ def decoder_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     tensors = {EMBEDDING: TensorSpec((c.vocab, c.hidden), "vocab")}
     tensors |= _norm(c, "model.norm")
     if not c.tie_embeddings:
-        tensors[LM_HEAD] = TensorSpec((c.vocab, c.hidden), "vocab")
+        tensors |= _linear("lm_head", c.vocab, c.hidden, "vocab", c.head_bias)
+    if c.embedding_norm:
+        tensors |= _norm(c, EMBEDDING_NORM)
     for layer in range(c.layers):
         prefix = layer_prefix(layer)
-        tensors |= _norm(c, prefix + "input_layernorm") | _norm(c, prefix + "post_attention_layernorm")
+        tensors |= _norm(c, prefix + "input_layernorm")
+        if not c.feed_forward.parallel:
+            tensors |= _norm(c, prefix + "post_attention_layernorm")
         tensors |= _attention(c, prefix + "self_attn.")
         tensors |= _feed_forward(c.hidden, c.feed_forward, prefix + "mlp.")
     return tensors
 
 
 def _norm(c: ModelConfig, name: str) -> dict[str, TensorSpec]:
-    return _vectors(name, c.hidden, c.norm.bias)
-
-
-def _vectors(name: str, width: int, bias: bool) -> dict[str, TensorSpec]:
-    return {f"{name}.{kind}": TensorSpec((width,)) for kind in ("weight", *(("bias",) if bias else ()))}
+    kinds = ("weight", "bias") if c.norm.bias else ("weight",)
+    return {f"{name}.{kind}": TensorSpec((c.hidden,)) for kind in kinds}
 
 
 def _attention(c: ModelConfig, prefix: str) -> dict[str, TensorSpec]:
@@ -54,12 +56,14 @@ def _attention(c: ModelConfig, prefix: str) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
     for name, rows, split in (("q_proj", q, "heads"), ("k_proj", kv, "kv"), ("v_proj", kv, "kv")):
         tensors |= _linear(prefix + name, rows, c.hidden, split, a.qkv_bias)
+    for name in ("q_norm", "k_norm") if a.qk_norm else ():
+        tensors[f"{prefix}{name}.weight"] = TensorSpec((a.head_dim,))
     return tensors | _row_parallel(prefix + "o_proj", c.hidden, q, "heads", a.output_bias)
 
 
 def _feed_forward(hidden: int, f: FeedForwardConfig, prefix: str) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
-    for name in ("gate_proj", "up_proj"):
+    for name in ("gate_proj", "up_proj") if f.gated else ("up_proj",):
         tensors |= _linear(prefix + name, f.intermediate, hidden, "ffn", f.bias)
     return tensors | _row_parallel(prefix + "down_proj", hidden, f.intermediate, "ffn", f.bias)
 

@@ -47,11 +47,13 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class NormConfig:
-    """A normalisation over the hidden width: `kind` "rms" (scale only) or "layer" (mean removed; `bias` where it has one)."""
+    """A normalisation over the hidden width: `kind` "rms" (scale only) or "layer" (mean removed). `residual_factor` other
+    than 0: the normed value times this, not the value itself, goes on beside what the layer adds (ChatGLM-6B)."""
 
     eps: float
     kind: str = "rms"
     bias: bool = False
+    residual_factor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class AttentionConfig:
     output_bias: bool = False
     qk_norm: bool = False  # RMSNorm over every head of q and k, before they rotate
     alibi: bool = False  # scores fall linearly with distance (arXiv:2108.12409)
+    score_scale: float = 0.0  # what scores are multiplied by; 0: head_dim ** -0.5
     logn_length: int = (
         0  # q at position p > this is multiplied by log(p) / log(this), p counted from 1; 0: never
     )
@@ -77,15 +80,18 @@ class AttentionConfig:
     @property
     def scale(self) -> float:
         """What scores are multiplied by before the softmax."""
-        return float(self.head_dim**-0.5)
+        return self.score_scale or float(self.head_dim**-0.5)
 
 
 @dataclass(frozen=True)
 class FeedForwardConfig:
-    """down(silu(gate(x)) * up(x)), `intermediate` values wide."""
+    """down(silu(gate(x)) * up(x)) where `gated`, else down(gelu(up(x))); `intermediate` values wide. `parallel`: it reads
+    what the attention reads, and both are added at once."""
 
     intermediate: int
     bias: bool = False
+    gated: bool = True
+    parallel: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what every layer adds
     logit_scale: float = 1.0
+    head_bias: bool = False
+    embedding_norm: bool = False  # a norm between the embedding and the first layer
     unit_head: bool = False  # rows of the LM head are divided by their norms as they are read
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -15,7 +15,7 @@ import numpy as np
 
 from flm.kernels.backend import Backend, KVCache, PackedMatrix
 from flm.kernels.quant import QuantizedMatrix
-from flm.worker.canonical import layer_prefix
+from flm.worker.canonical import EMBEDDING_NORM, layer_prefix
 from flm.worker.comm import Communicator
 from flm.worker.config import ShardSpec
 from flm.worker.layers.attention import Attention, Rotary
@@ -29,11 +29,12 @@ Array = Any
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: each part reads a norm of x, and what it gives is added to x."""
+    """One layer: each part reads a norm of x, and what it gives is added to x. Without a norm of its own the feed-forward
+    part reads what the attention reads, and both are added together."""
 
     input_norm: Norm
     attention: Attention
-    post_norm: Norm
+    post_norm: Norm | None
     feed_forward: FeedForward
 
 
@@ -59,23 +60,26 @@ class Decoder:
         self.embedding = pack(weights.embedding)
         head = weights.lm_head
         self.lm_head = self.embedding if head is None else pack(head)
+        self.lm_head_bias = loading.vector(weights.lm_head_bias)
         self.rotary = Rotary(loading, positions)
         self.layers = [self._layer(loading, i, cache) for i, cache in enumerate(caches)]
-        self.final_norm = Norm(loading, "model.norm")
-        self._x_TE, self._h_TE, self._delta_TE = (
-            loading.workspace.array(name, m.hidden) for name in ("x", "h", "delta")
-        )
+        self.final_norm = Norm(loading, "model.norm", gain=m.logit_scale)
+        self.embedding_norm = Norm(loading, EMBEDDING_NORM) if m.embedding_norm else None
+        self._x_TE, self._delta_TE = (loading.workspace.array(name, m.hidden) for name in ("x", "delta"))
+        # where the normed value goes on, it takes the place of x
+        self._h_TE = self._x_TE if m.norm.residual_factor else loading.workspace.array("h", m.hidden)
+        self._embedding_scale = m.embedding_scale / m.residual_scale  # see Norm
         self._rows_SE = backend.empty((max_rows, m.hidden))
         self._local_SV = backend.empty((max_rows, self.shard.vocab.size))
         self._logits_SV = self._local_SV if self.shard.tp_size == 1 else backend.empty((max_rows, m.vocab))
         self._widths = tuple(self.shard.for_rank(r).vocab.size for r in range(self.shard.tp_size))
 
     def _layer(self, loading: Loading, number: int, cache: KVCache) -> Layer:
-        prefix = layer_prefix(number)
+        prefix, parallel = layer_prefix(number), self.shard.model.feed_forward.parallel
         layer = Layer(
             Norm(loading, prefix + "input_layernorm"),
             Attention(loading, prefix + "self_attn.", self.rotary, cache),
-            Norm(loading, prefix + "post_attention_layernorm"),
+            None if parallel else Norm(loading, prefix + "post_attention_layernorm"),
             FeedForward(loading, prefix + "mlp."),
         )
         loading.weights.drop_pages()
@@ -85,13 +89,17 @@ class Decoder:
         """Final normed hidden states [T, E] of the step's tokens; writes their K and V to the caches."""
         T = len(inputs.ids_T)
         x_TE, h_TE, delta_TE = self._x_TE[:T], self._h_TE[:T], self._delta_TE[:T]
-        self.backend.embedding(self.embedding, inputs.ids_T, x_TE, self.shard.vocab.start)
+        first, scale = self.shard.vocab.start, self._embedding_scale
+        self.backend.embedding(self.embedding, inputs.ids_T, x_TE, first, scale)
         self.comm.all_reduce(x_TE)
+        if self.embedding_norm is not None:
+            self.embedding_norm.forward(x_TE, None, x_TE)
         for i, layer in enumerate(self.layers):
             layer.input_norm.forward(x_TE, delta_TE if i else None, h_TE)
             layer.attention.forward(h_TE, delta_TE, inputs)
-            self.comm.all_reduce(delta_TE)
-            layer.post_norm.forward(x_TE, delta_TE, h_TE)
+            if layer.post_norm is not None:
+                self.comm.all_reduce(delta_TE)
+                layer.post_norm.forward(x_TE, delta_TE, h_TE)
             layer.feed_forward.forward(h_TE, delta_TE)
             self.comm.all_reduce(delta_TE)
         self.final_norm.forward(x_TE, delta_TE, h_TE)
@@ -105,7 +113,7 @@ class Decoder:
             picked_SE = self._rows_SE[:S]
             self.backend.take_rows(h_TE, rows_S, picked_SE)
         local_SV, logits_SV = self._local_SV[:S], self._logits_SV[:S]
-        self.backend.linear(picked_SE, self.lm_head, local_SV)
+        self.backend.linear(picked_SE, self.lm_head, local_SV, self.lm_head_bias)
         self.comm.all_gather_cols(local_SV, logits_SV if self.shard.tp_size > 1 else local_SV, self._widths)
         return logits_SV
 

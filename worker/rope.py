@@ -6,11 +6,13 @@ Shape legend: T tokens of the step, P positions, R half the rotary width.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.worker.config import RopeConfig
+from flm.worker.config import AttentionConfig, RopeConfig
+from flm.worker.positions import logn_scales
 
 
 def inverse_frequencies(rope: RopeConfig, stretched: float = 1.0) -> NDArray[np.float64]:
@@ -71,14 +73,15 @@ def turns(
 
 
 class RequestAngles:
-    """cos_TR and sin_TR of one step for models whose requests rotate differently: row t belongs to token t."""
+    """The rotary tables of one step for models whose requests rotate differently: row t belongs to token t."""
 
-    def __init__(self, rope: RopeConfig, max_tokens: int) -> None:
-        self._rope = rope
+    def __init__(self, attention: AttentionConfig, max_tokens: int) -> None:
+        self._rope, self._logn = attention.rope, attention.logn_length
         self._frequencies: dict[float, NDArray[np.float64]] = {}
-        self.cos_TR = np.zeros((max_tokens, rope.rotary_dim // 2), np.float32)
-        self.sin_TR = np.zeros_like(self.cos_TR)
-        self.rows_T = np.arange(max_tokens, dtype=np.int32)
+        self._cos_TR = np.zeros((max_tokens, self._rope.rotary_dim // 2), np.float32)
+        self._sin_TR = np.zeros_like(self._cos_TR)
+        self._q_scale_T = np.ones(max_tokens, np.float32) if self._logn else None
+        self._rows_T = np.arange(max_tokens, dtype=np.int32)
 
     def write(self, at: int, positions_T: NDArray[np.int32], prompt_length: int) -> None:
         """The rows of one request's tokens, from row `at` on."""
@@ -87,7 +90,12 @@ class RequestAngles:
             if len(self._frequencies) > 4096:
                 self._frequencies.clear()
             self._frequencies[stretched] = inverse_frequencies(self._rope, stretched)
-        rows = slice(at, at + len(positions_T))
-        self.cos_TR[rows], self.sin_TR[rows] = turns(
-            positions_T, self._frequencies[stretched], self._rope.magnitude
-        )
+        rows, inv_freq = slice(at, at + len(positions_T)), self._frequencies[stretched]
+        self._cos_TR[rows], self._sin_TR[rows] = turns(positions_T, inv_freq, self._rope.magnitude)
+        if self._q_scale_T is not None:
+            self._q_scale_T[rows] = logn_scales(self._logn, positions_T)
+
+    def tables(self, tokens: int) -> tuple[Any, Any, Any, Any]:
+        """Row numbers, cos, sin and scales of q (None: all 1) of the step's tokens; always the same arrays."""
+        scales = None if self._q_scale_T is None else self._q_scale_T[:tokens]
+        return self._rows_T[:tokens], self._cos_TR[:tokens], self._sin_TR[:tokens], scales

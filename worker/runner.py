@@ -70,8 +70,8 @@ class Runner:
         self._rows_S = int32(max_sequences)
         self._sampled_S, self._logprobs_S = int32(max_sequences), np.zeros(max_sequences, np.float32)
         self._graphs: dict[int, tuple[Graph, Array]] = {}
-        rope = model.shard.model.attention.rope
-        self._angles = RequestAngles(rope, max_tokens) if rope.per_request else None
+        attention = model.shard.model.attention
+        self._angles = RequestAngles(attention, max_tokens) if attention.rope.per_request else None
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Carry out one plan; a StepResult on the leader, None on the others."""
@@ -135,13 +135,8 @@ class Runner:
             self._slots_T[:tokens],
             self._sequence_T[:tokens],
             self._tables_SB,
-            *self._rotary(tokens),
+            *((self._positions_T[:tokens],) if self._angles is None else self._angles.tables(tokens)),
         )
-
-    def _rotary(self, tokens: int) -> tuple[Array, Array | None, Array | None]:
-        if self._angles is None:
-            return self._positions_T[:tokens], None, None
-        return self._angles.rows_T[:tokens], self._angles.cos_TR[:tokens], self._angles.sin_TR[:tokens]
 
     def _forward(self, plan: StepPlan, tokens: int, rows: int) -> Array:
         """Logits [S, vocab] of the rows to sample, in the order of plan.scheduled."""

@@ -56,6 +56,10 @@ class ModelWeights:
         """This rank's rows of the vocabulary; None where the embedding serves as the head."""
         return None if self.shard.model.tie_embeddings else self.matrix(LM_HEAD, self.shard.vocab)
 
+    @property
+    def lm_head_bias(self) -> Vector | None:
+        return self.vector_or_none("lm_head.bias", self.shard.vocab)
+
     def fused(self, prefix: str, parts: Sequence[tuple[str, Span]]) -> QuantizedMatrix:
         """Rows of several matrices over the same inputs, one below the other: [(name without .weight, rows)]."""
         return fuse([self.matrix(f"{prefix}{name}.weight", rows) for name, rows in parts])

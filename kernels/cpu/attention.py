@@ -93,6 +93,12 @@ def _run(row, t0, n, sequence, j, work):  # type: ignore
         longest = max(longest, lengths[r])
     fill(out, rows * Dp, 0.0)
     _scores(row, rows, q, table, (longest + bs - 1) // bs, j, scores, stride)
+    if row[22] != 0:
+        for r in range(rows):
+            slope = f32_at(row[22] + (first + r % heads) * 4, 1)[0]
+            values, last = f32_at(scores + r * stride, lengths[r]), lengths[r] - 1
+            for p in range(lengths[r]):
+                values[p] += slope * np.float32(p - last)
     for r in range(0, rows, MAX_TOKENS):
         m = min(rows - r, MAX_TOKENS)
         some = slice(r, r + m)
@@ -127,7 +133,7 @@ def _task(row, i, work):  # type: ignore
 def paged_attention(address, worker):  # type: ignore
     """row: 1 q, 2 T, 3 seq index, 4 positions, 5 H, 6 J, 7 D, 8 Dp, 9 block size, 10 half, 11 k cache, 12 v cache, 13 out,
     14 block tables, 15 B, 16 S, 17 scale, 18 tokens per tile, 19 scratch, 20 bytes of it per worker, 21 leaf for products
-    with the cache's dtype."""
+    with the cache's dtype, 22 slopes by head or 0."""
     row = i64_at(address, ROW_WIDTH)
     tasks = (row[2] + row[18] - 1) // row[18] * row[6]
     i = next_task(row)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.backend import SamplingBatch
+from flm.kernels.backend import HeadNorm, SamplingBatch
 from flm.kernels.cpu.arrays import (
     I32,
     CpuCache,
@@ -22,6 +22,7 @@ from flm.kernels.cpu.arrays import (
     make_cache,
     sampling_fields,
 )
+from flm.kernels.cpu.classic_calls import ClassicCalls
 from flm.kernels.cpu.configure import load_kernels
 from flm.kernels.cpu.emitter import SMALL
 from flm.kernels.cpu.expert_calls import ExpertCalls
@@ -36,7 +37,7 @@ Array = NDArray[Any]
 TILE_ROWS = 24  # query rows of one attention task
 
 
-class CpuBackend(ExpertCalls, LatentCalls):
+class CpuBackend(ClassicCalls, ExpertCalls, LatentCalls):
     """threads: how many this backend's ops may use. One thread at a time may call it."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
@@ -89,11 +90,13 @@ class CpuBackend(ExpertCalls, LatentCalls):
             self._emit("prepare", row, *keep, workers=self._workers(T * K, 2 * SMALL))
         self._emit("linear", row, *keep, workers=self._workers(T * K * N, SMALL))
 
-    def embedding(self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0) -> None:
+    def embedding(
+        self, weight: CpuMatrix, ids_T: Array, out_TE: Array, first_row: int = 0, scale: float = 1.0
+    ) -> None:
         weight.check_embeds()
         T = columns("ids", ids_T, 1)[0]
         ids, out = check("ids", ids_T, (T,), I32), check("out", out_TE, (T, weight.shape[1]))
-        row = [*weight.row(ids, T), out, first_row]
+        row = [*weight.row(ids, T), out, first_row, float_bits(scale)]
         self._emit("embedding", row, weight, ids_T, out_TE, workers=self._workers(out_TE.size, SMALL // 2))
 
     def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
@@ -127,6 +130,8 @@ class CpuBackend(ExpertCalls, LatentCalls):
         sin_PR: Array,
         cache: CpuCache,
         q_out_THD: Array,
+        head_norm: HeadNorm | None = None,
+        q_scale_P: Array | None = None,
     ) -> None:
         T, H, D = columns("q_out", q_out_THD, 3)
         J, (P, R), bs = cache.kv_heads, columns("cos", cos_PR), cache.block_size
@@ -137,10 +142,22 @@ class CpuBackend(ExpertCalls, LatentCalls):
         qkv, q_out = check("qkv", qkv_TC, (T, (H + 2 * J) * D)), check("q_out", q_out_THD, (T, H, D))
         positions, slots = check("positions", positions_T, (T,), I32), check("slots", slots_T, (T,), I32)
         cos, sin = check("cos", cos_PR, (P, R)), check("sin", sin_PR, (P, R))
-        half, scratch = int(cache.k.dtype == np.float16), self._scratch(T * D * 4)
+        half, scratch = int(cache.k.dtype == np.float16), self._scratch(2 * T * D * 4)
         row = [qkv, T, positions, slots, H, J, D, R, cache.v.shape[3], bs, half, cos, sin]
         row += [address(cache.k), address(cache.v), q_out, address(scratch)]
-        keep = (qkv_TC, positions_T, slots_T, cos_PR, sin_PR, cache, q_out_THD, scratch)
+        norms = (
+            [0, 0, 0]
+            if head_norm is None
+            else [
+                check("q norm", head_norm.q_D, (D,)),
+                check("k norm", head_norm.k_D, (D,)),
+                float_bits(head_norm.eps),
+            ]
+        )
+        row += [*norms, 0 if q_scale_P is None else check("q_scale", q_scale_P, (P,))]
+        keep = (
+            qkv_TC, positions_T, slots_T, cos_PR, sin_PR, cache, q_out_THD, scratch, head_norm, q_scale_P,
+        )  # fmt: skip
         self._emit("rope_kv_write", row, *keep, workers=self._workers(qkv_TC.size, SMALL))
 
     def paged_attention(
@@ -152,6 +169,7 @@ class CpuBackend(ExpertCalls, LatentCalls):
         positions_T: Array,
         scale: float,
         out_THD: Array,
+        slopes_H: Array | None = None,
     ) -> None:
         T, H, D = columns("q", q_THD, 3)
         (S, B), J, bs, Dp = (
@@ -184,7 +202,8 @@ class CpuBackend(ExpertCalls, LatentCalls):
             area,
         ]
         row += [self._leaves[f"plain_{cache.k.dtype.name}"]]
-        keep = (q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, scratch)
+        row += [0 if slopes_H is None else check("slopes", slopes_H, (H,))]
+        keep = (q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, scratch, slopes_H)
         self._emit("paged_attention", row, *keep, workers=min(self.threads, -(-T // tile) * J))
 
     def take_rows(self, x_TE: Array, rows_S: Array, out_SE: Array) -> None:

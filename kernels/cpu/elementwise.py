@@ -63,6 +63,16 @@ def silu_mul(address, worker):  # type: ignore
 
 
 @njit
+def _normed(source, target, D, weight, eps):  # type: ignore
+    """target = rms_norm(source), one head at an address each."""
+    x, w, out = f32_at(source, D), f32_at(weight, D), f32_at(target, D)
+    mean = sum_of_squares(source, D) / np.float32(D)
+    factor = np.float32(1.0) / np.float32(sqrt(mean + eps))
+    for d in range(D):
+        out[d] = x[d] * factor * w[d]
+
+
+@njit
 def turn_head(source, target, D, R, cos, sin):  # type: ignore
     """Rotate one head: column d pairs with d + R."""
     for d in range(R):
@@ -92,15 +102,27 @@ def _rope_token(row, t):  # type: ignore
     position = np.int64(i32_at(row[3], row[2])[t])
     slot = np.int64(i32_at(row[4], row[2])[t])
     cos, sin = f32_at(row[12] + position * R * 4, R), f32_at(row[13] + position * R * 4, R)
-    base = row[1] + t * (H + 2 * J) * D * 4
+    base, normed = row[1] + t * (H + 2 * J) * D * 4, row[17] + (2 * t + 1) * D * 4
     for h in range(H):
-        turn_head(f32_at(base + h * D * 4, D), f32_at(row[16] + (t * H + h) * D * 4, D), D, R, cos, sin)
+        head, q = base + h * D * 4, f32_at(row[16] + (t * H + h) * D * 4, D)
+        if row[18] != 0:
+            _normed(head, normed, D, row[18], float_of_bits(row[20]))
+            head = normed
+        turn_head(f32_at(head, D), q, D, R, cos, sin)
+        if row[21] != 0:
+            factor = f32_at(row[21] + position * 4, 1)[0]
+            for d in range(D):
+                q[d] *= factor
     if slot < 0:
         return
     block, offset = slot // bs, slot % bs
-    turned = f32_at(row[17] + t * D * 4, D)
+    turned = f32_at(row[17] + 2 * t * D * 4, D)
     for j in range(J):
-        turn_head(f32_at(base + (H + j) * D * 4, D), turned, D, R, cos, sin)
+        head = base + (H + j) * D * 4
+        if row[19] != 0:
+            _normed(head, normed, D, row[19], float_of_bits(row[20]))
+            head = normed
+        turn_head(f32_at(head, D), turned, D, R, cos, sin)
         store_head(row[14] + ((block * J + j) * D * bs + offset) * size, bs, half, turned, D)
         v = f32_at(base + (H + J + j) * D * 4, D)
         store_head(row[15] + ((block * J + j) * bs + offset) * Dp * size, 1, half, v, D)
@@ -109,7 +131,8 @@ def _rope_token(row, t):  # type: ignore
 @cfunc(OP, cache=True)
 def rope_kv_write(address, worker):  # type: ignore
     """row: 1 qkv, 2 T, 3 positions, 4 slots, 5 H, 6 J, 7 D, 8 R, 9 Dp, 10 block size, 11 half, 12 cos, 13 sin, 14 k cache,
-    15 v cache, 16 q out, 17 scratch [T, D]."""
+    15 v cache, 16 q out, 17 scratch [T, 2, D], 18 norm of q or 0, 19 norm of k or 0, 20 their eps, 21 q's scale by position
+    or 0."""
     row = i64_at(address, ROW_WIDTH)
     size = span(row, row[2])
     first = next_task(row) * size

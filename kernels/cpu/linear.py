@@ -204,11 +204,15 @@ def _embed(row, t):  # type: ignore
         fill(at, K, 0.0)
     else:
         _gather(form, f32_at(at, K), n // 64, n % 64, K, group, G, half, row[5], row[9], row[10])
+        out, scale = f32_at(at, K), float_of_bits(row[14])
+        for k in range(K):
+            out[k] *= scale
 
 
 @cfunc(OP, cache=True)
 def embedding(address, worker):  # type: ignore
-    """row: 1 form, 2 ids, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 first row."""
+    """row: 1 form, 2 ids, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 first row,
+    14 scale."""
     row = i64_at(address, ROW_WIDTH)
     size = span(row, row[3])
     first = next_task(row) * size

@@ -18,6 +18,7 @@ EXP_COEFFICIENTS = (
 )  # fmt: skip
 LOG2_E, LN2_HIGH, LN2_LOW = 1.4426950216293335, 0.693359375, -0.00021219444170128554
 EXP_MIN, EXP_MAX = -87.3, 88.0
+GELU_SLOPE = 0.7978845608028654  # sqrt(2 / pi)
 PRESCALE = [
     2.0 ** (-4 * j) if j < 7 else 1.0 for j in range(8)
 ] * 2  # see microkernels: int4 nibbles stay in place
@@ -110,6 +111,16 @@ def sum_of_squares(ctx, x, count):  # type: ignore
 
 
 @intrinsic
+def sum_of(ctx, x, count):  # type: ignore
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, count = args
+        total = sweep(b, count, [const(VF32, 0.0)], 0.0, lambda ld, st, acc: [b.fadd(acc[0], ld(x))])
+        return tree(b, total[0], b.fadd)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
 def maximum(ctx, x, count):  # type: ignore
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x, count = args
@@ -187,6 +198,28 @@ def sigmoid(ctx, x, out, count):  # type: ignore
         def body(ld: Any, st: Any, acc: list[Any]) -> list[Any]:
             bottom = b.fadd(exp(b, b.fneg(ld(x))), const(VF32, 1.0))
             st(out, b.fdiv(const(VF32, 1.0), bottom))
+            return acc
+
+        sweep(b, count, [], 0.0, body)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def gelu_of(ctx, x, out, count):  # type: ignore
+    """out = x / (1 + exp(-2u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3), which is x / 2 * (1 + tanh(u))."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, out, count = args
+
+        def body(ld: Any, st: Any, acc: list[Any]) -> list[Any]:
+            v = ld(x)
+            cubic = fma(
+                b, b.fmul(v, v), const(VF32, -2 * GELU_SLOPE * 0.044715), const(VF32, -2 * GELU_SLOPE)
+            )
+            bottom = b.fadd(exp(b, b.fmul(v, cubic)), const(VF32, 1.0))
+            st(out, b.fdiv(v, bottom))
             return acc
 
         sweep(b, count, [], 0.0, body)

@@ -44,11 +44,13 @@ class Batch:
         ).astype(np.int32)
         self.q = rng.standard_normal((len(self.index), self.heads, self.dim)).astype(np.float32)
 
-    def run(self, backend, which=0, rows=slice(None)):
+    def run(self, backend, which=0, rows=slice(None), slopes=None):
         q = np.ascontiguousarray(self.q[rows])
         out = np.full(q.shape, np.nan, np.float32)
         index, positions = np.ascontiguousarray(self.index[rows]), np.ascontiguousarray(self.positions[rows])
-        backend.paged_attention(q, self.caches[which], self.tables, index, positions, self.dim**-0.5, out)
+        backend.paged_attention(
+            q, self.caches[which], self.tables, index, positions, self.dim**-0.5, out, slopes
+        )
         return out
 
 
@@ -70,6 +72,17 @@ def test_bits_do_not_depend_on_chunks_or_threads(cpu, cpu1, exact, rng, case, dt
         assert np.array_equal(whole, np.concatenate(parts)), size
     shuffled = rng.permutation(len(whole))
     assert np.array_equal(whole[shuffled], batch.run(cpu, 0, shuffled))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_slopes_make_far_keys_count_less(cpu, exact, rng, case):
+    batch = Batch(cpu, exact, rng, case, np.float32)
+    slopes = (0.5 ** np.arange(1, case[0] + 1)).astype(np.float32)
+    whole = batch.run(cpu, slopes=slopes)
+    assert np.allclose(whole, batch.run(exact, 1, slopes=slopes), rtol=1e-5, atol=5e-6)
+    assert not np.allclose(whole, batch.run(cpu))
+    one = [batch.run(cpu, 0, slice(i, i + 1), slopes) for i in range(len(whole))]
+    assert np.array_equal(whole, np.concatenate(one))
 
 
 def test_padding_tokens_give_zeros(cpu, exact, rng):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flm.kernels.backend import HeadNorm
 from flm.kernels.errors import ShapeError
+from flm.kernels.quant import from_float, quantize
 
 WIDTHS = [1, 15, 16, 17, 63, 576, 1000, 4096]
 TOKENS = [1, 2, 7, 130]
@@ -67,6 +69,41 @@ def test_rope_kv_write(cpu, exact, rng, dtype, heads, kv, dim, half):
         step = 2e-3 if dtype is np.float16 else 1e-6
         assert np.allclose(k.astype(np.float64), caches[1].k, rtol=step, atol=step)
         assert np.array_equal(v, caches[1].v)
+
+
+@pytest.mark.parametrize(("heads", "kv", "dim", "half"), [(9, 3, 64, 32), (1, 1, 16, 8), (5, 2, 24, 6)])
+def test_heads_are_normed_before_they_turn_and_q_is_scaled_after(cpu, exact, rng, heads, kv, dim, half):
+    angles = rng.standard_normal((50, half))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    norm = HeadNorm(*rng.standard_normal((2, dim)).astype(np.float32), 1e-5)
+    scales = rng.random(50, np.float32) + 1
+    for tokens in TOKENS:
+        qkv = rng.standard_normal((tokens, (heads + 2 * kv) * dim)).astype(np.float32) * 4
+        positions = rng.integers(0, 50, tokens).astype(np.int32)
+        slots = rng.permutation(10 * 16)[:tokens].astype(np.int32)
+        caches = [b.kv_cache(10, 16, kv, dim) for b in (cpu, exact)]
+        got, want = cpu.empty((tokens, heads, dim)), np.empty((tokens, heads, dim))
+        cpu.rope_kv_write(qkv, positions, slots, cos, sin, caches[0], got, norm, scales)
+        exact.rope_kv_write(qkv, positions, slots, cos, sin, caches[1], want, norm, scales)
+        assert np.allclose(got, want, rtol=1e-5, atol=3e-6)
+        k = caches[0].k.transpose(0, 3, 1, 2).reshape(-1, kv, dim)
+        v = caches[0].v[..., :dim].transpose(0, 2, 1, 3).reshape(-1, kv, dim)
+        assert np.allclose(k, caches[1].k, rtol=1e-5, atol=3e-6)
+        assert np.array_equal(v, caches[1].v)
+        one = cpu.empty((1, heads, dim))
+        last = [a[-1:].copy() for a in (qkv, positions, slots)]
+        cpu.rope_kv_write(*last, cos, sin, caches[0], one, norm, scales)
+        assert np.array_equal(one, got[-1:])
+
+
+def test_an_embedding_may_be_scaled(cpu, exact, rng):
+    values = rng.standard_normal((70, 33)).astype(np.float32)
+    ids = rng.integers(0, 80, 31).astype(np.int32)
+    for matrix in (from_float(values), quantize(values, "int8", 16)):
+        got, want = cpu.empty((31, 33)), np.empty((31, 33), np.float32)
+        cpu.embedding(cpu.pack(matrix), ids, got, 5, 12.5)
+        exact.embedding(exact.pack(matrix), ids, want, 5, 12.5)
+        assert np.allclose(got, want, rtol=1e-6)
 
 
 def test_take_rows(cpu, rng):

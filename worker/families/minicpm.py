@@ -1,4 +1,4 @@
-"""MiniCPM: Llama's decoder with three scales. Granite's formula is the same."""
+"""MiniCPM and Granite: Llama's decoder with scales of the embedding, of what layers add, and of the logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flm.worker.families.family import Family
 from flm.worker.families.fields import Fields
 
 
-def _read(fields: Fields) -> ModelConfig:
+def _minicpm(fields: Fields) -> ModelConfig:
     config = llama.read(fields, "minicpm", default_tied=True)
     return replace(
         config,
@@ -21,4 +21,17 @@ def _read(fields: Fields) -> ModelConfig:
     )
 
 
-MINICPM = Family("minicpm", ("MiniCPMForCausalLM",), _read)
+def _granite(fields: Fields) -> ModelConfig:
+    bias = fields.flag("attention_bias", False)
+    config = llama.read(fields, "granite", qkv_bias=bias, output_bias=bias)
+    return replace(
+        config,
+        attention=replace(config.attention, score_scale=fields.number("attention_multiplier", 1.0)),
+        embedding_scale=fields.number("embedding_multiplier", 1.0),
+        residual_scale=fields.number("residual_multiplier", 1.0),
+        logit_scale=1.0 / fields.number("logits_scaling", 1.0),
+    )
+
+
+MINICPM = Family("minicpm", ("MiniCPMForCausalLM",), _minicpm)
+GRANITE = Family("granite", ("GraniteForCausalLM",), _granite)

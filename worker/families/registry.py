@@ -13,11 +13,25 @@ from flm.worker.families.fields import Fields, read_json
 from flm.worker.families.glm import CHATGLM, GLM
 from flm.worker.families.internlm2 import INTERNLM2
 from flm.worker.families.llama import INTERNLM, LLAMA, XVERSE, YI
-from flm.worker.families.minicpm import MINICPM
+from flm.worker.families.minicpm import GRANITE, MINICPM
 from flm.worker.families.qwen import QWEN, QWEN2, QWEN3
 from flm.worker.gguf_file import GGUFFile
 
-FAMILIES = (LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, CHATGLM, GLM)
+FAMILIES = (
+    LLAMA,
+    YI,
+    XVERSE,
+    INTERNLM,
+    INTERNLM2,
+    QWEN,
+    QWEN2,
+    QWEN3,
+    BAICHUAN,
+    MINICPM,
+    GRANITE,
+    CHATGLM,
+    GLM,
+)
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, Family]:

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from flm.kernels.backend import Backend, KVCache
+import numpy as np
+
+from flm.kernels.backend import Backend, HeadNorm, KVCache
 from flm.worker.layers.loading import Loading, StepInputs
+from flm.worker.positions import alibi_slopes, logn_scales
 from flm.worker.rope import rope_tables
 
 Array = Any
 
 
 class Rotary:
-    """The rotary tables that all layers share."""
+    """What all layers share of positions: rotary tables, scales of q, slopes of this rank's heads."""
 
     def __init__(self, loading: Loading, positions: int) -> None:
-        cos_PR, sin_PR = rope_tables(loading.shard.model.attention.rope, positions)
-        self.cos_PR, self.sin_PR = loading.backend.asarray(cos_PR), loading.backend.asarray(sin_PR)
+        a, heads, asarray = loading.shard.model.attention, loading.shard.heads, loading.backend.asarray
+        cos_PR, sin_PR = rope_tables(a.rope, positions)
+        self.cos_PR, self.sin_PR = asarray(cos_PR), asarray(sin_PR)
+        self.q_scale_P = asarray(logn_scales(a.logn_length, np.arange(positions))) if a.logn_length else None
+        self.slopes_H = asarray(alibi_slopes(a.heads)[heads.start : heads.stop]) if a.alibi else None
 
-    def tables(self, inputs: StepInputs) -> tuple[Array, Array]:
-        """cos and sin, [rows, R]: the step's own where requests rotate differently."""
-        if inputs.cos_TR is None or inputs.sin_TR is None:
-            return self.cos_PR, self.sin_PR
-        return inputs.cos_TR, inputs.sin_TR
+    def tables(self, inputs: StepInputs) -> tuple[Array, Array, Array | None]:
+        """cos, sin [rows, R] and q's scales [rows]: the step's own where requests rotate differently."""
+        if inputs.cos_TR is None:
+            return self.cos_PR, self.sin_PR, self.q_scale_P
+        return inputs.cos_TR, inputs.sin_TR, inputs.q_scale_T
 
 
 class Attention:
@@ -41,6 +47,10 @@ class Attention:
         self.qkv_bias = loading.vector(w.fused_bias(prefix, parts))
         self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, s.q_rows))
         self.output_bias = loading.vector(w.bias_once(prefix + "o_proj.bias"))
+        self._head_norm: HeadNorm | None = None
+        if a.qk_norm:
+            q_D, k_D = (loading.vector(w.vector(f"{prefix}{name}.weight")) for name in ("q_norm", "k_norm"))
+            self._head_norm = HeadNorm(q_D, k_D, s.model.norm.eps)
         heads, kv = s.heads.size, s.kv_heads.size
         self._qkv_TC = loading.workspace.array("qkv", (heads + 2 * kv) * a.head_dim)
         self._q_THD = loading.workspace.array("q", heads, a.head_dim)
@@ -48,11 +58,13 @@ class Attention:
 
     def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:
         """delta = this rank's part of attention(h); writes the tokens' K and V to the cache."""
-        ops, T = self._ops, len(h_TE)
+        ops, T, rows_T = self._ops, len(h_TE), inputs.rotary_rows_T
         qkv_TC, q_THD, out_THD = self._qkv_TC[:T], self._q_THD[:T], self._out_THD[:T]
-        cos_PR, sin_PR = self._rotary.tables(inputs)
+        cos_PR, sin_PR, q_scale_P = self._rotary.tables(inputs)
         ops.linear(h_TE, self.qkv, qkv_TC, self.qkv_bias)
-        ops.rope_kv_write(qkv_TC, inputs.rotary_rows_T, inputs.slots_T, cos_PR, sin_PR, self._cache, q_THD)
+        ops.rope_kv_write(
+            qkv_TC, rows_T, inputs.slots_T, cos_PR, sin_PR, self._cache, q_THD, self._head_norm, q_scale_P
+        )
         ops.paged_attention(
             q_THD,
             self._cache,
@@ -61,5 +73,6 @@ class Attention:
             inputs.positions_T,
             self._scale,
             out_THD,
+            self._rotary.slopes_H,
         )
         ops.linear(out_THD.reshape(T, -1), self.output, delta_TE, self.output_bias)

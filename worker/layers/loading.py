@@ -55,7 +55,8 @@ class Loading:
 class StepInputs:
     """Device arrays of one step, int32: ids_T, positions_T, slots_T (cache slot each token is written to), sequence_T
     (row of block_tables_SB), block_tables_SB (block numbers of every known sequence) and rotary_rows_T: the row of the
-    rotary tables that each token turns by. cos_TR and sin_TR: this step's own tables, None where the model's serve."""
+    rotary tables that each token turns by. cos_TR, sin_TR and q_scale_T (float32): this step's own tables, None where the
+    model's serve."""
 
     ids_T: Array
     positions_T: Array
@@ -65,3 +66,4 @@ class StepInputs:
     rotary_rows_T: Array
     cos_TR: Array | None = None
     sin_TR: Array | None = None
+    q_scale_T: Array | None = None

@@ -1,24 +1,42 @@
-"""Normalisation over the hidden width."""
+"""Normalisation over the hidden width, with the residual addition before it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+
+from flm.kernels.classic_ops import ClassicOps
+from flm.worker.errors import BackendUnavailable
 from flm.worker.layers.loading import Loading
 
 Array = Any
 
 
 class Norm:
-    """RMSNorm (arXiv:1910.07467), fused with the residual addition before it."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450).
 
-    def __init__(self, loading: Loading, name: str) -> None:
-        self._ops, self._eps = loading.backend, loading.shard.model.norm.eps
-        self.weight = loading.vector(loading.weights.vector(name + ".weight"))
+    Layers that scale what they add by r are the same as layers that do not, on x / r: the norm of x / r with eps / r² is
+    the norm of x. So the scale costs nothing here; the embedding is divided by it. `gain` multiplies the weight.
+    """
+
+    def __init__(self, loading: Loading, name: str, gain: float = 1.0) -> None:
+        model = loading.shard.model
+        self._ops, self._config = loading.backend, model.norm
+        self._eps = model.norm.eps / model.residual_scale**2
+        if model.norm.kind == "layer" and not isinstance(loading.backend, ClassicOps):
+            raise BackendUnavailable("this device has no kernels for LayerNorm")
+        weight = loading.weights.vector(name + ".weight")
+        self.weight = loading.vector(weight if gain == 1.0 else weight * np.float32(gain))
+        self.bias = loading.vector(loading.weights.vector_or_none(name + ".bias"))
 
     def forward(self, x_TE: Array, delta_TE: Array | None, out_TE: Array) -> None:
         """x += delta (None: nothing), in place; then out = norm(x)."""
-        if delta_TE is None:
+        if self._config.kind == "layer":
+            keep = self._config.residual_factor or 1.0
+            ops = cast(ClassicOps, self._ops)
+            ops.layer_norm(x_TE, self.weight, self.bias, self._eps, out_TE, delta_TE, keep)
+        elif delta_TE is None:
             self._ops.rms_norm(x_TE, self.weight, self._eps, out_TE)
         else:
             self._ops.add_rms_norm(x_TE, delta_TE, self.weight, self._eps, out_TE)

@@ -40,8 +40,7 @@ class Scheduler:
         cache_key: Callable[[tuple[int, ...]], str] = lambda prompt_ids: "",  # other keys share no blocks
     ) -> None:
         self.limits, self.pool, self._cache_key = limits, pool, cache_key
-        self._eos = frozenset(eos_token_ids)
-        self._vocab_size = vocab_size
+        self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._live: dict[str, Sequence] = {}
         self._running: list[Sequence] = []  # both in order of precedence
         self._waiting: list[Sequence] = []
@@ -49,8 +48,7 @@ class Scheduler:
         self._free_slots = list(range(limits.max_sequences - 1, -1, -1))
         self._retired: list[int] = []  # slots that the ranks have not been told to forget yet
         self._in_flight: StepPlan | None = None
-        self._step = 0
-        self._arrivals = 0
+        self._step = self._arrivals = 0
         self._service_time = 0.0  # smoothed seconds from a request's first step to its end
         self._prefix_queries = self._prefix_hits = self._tokens_generated = self._preemptions = 0
 

@@ -180,7 +180,10 @@ BROKEN_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 15}, "an even head size expected, found 15"),
     ({"hidden_act": "gelu"}, "hidden_act: 'silu' expected, found 'gelu'"),
     ({"attention_bias": "yes"}, "attention_bias: true or false expected, found 'yes'"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+    (
+        {"rope_parameters": {"rope_type": "longrope", "factor": 4.0}},
+        "rope scaling 'longrope' is not supported",
+    ),
     ({"rope_parameters": {"rope_type": "linear"}}, "factor is missing"),
     ({"rope_parameters": 3}, "rope_parameters: an object expected"),
     (

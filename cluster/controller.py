@@ -1,7 +1,7 @@
 """The controller: observe, reconcile, act, about twice a second and whenever something happens.
 
 Crash guarantees. The controller may be killed at any instant. All it must not forget is in the desired state, which is
-written to disk before it takes effect. Ranks and the gateway are detached from it: they go on serving, the gateway by
+written to disk before it takes effect; how often replicas failed, and why, lies beside it. Ranks and the gateway are detached from it: they go on serving, the gateway by
 the last routes it was given. A new controller finds running groups by their actors' names and adopts them; ranks of a
 group that is not whole are ended, so nothing is left over and nothing is started twice. Every action is idempotent.
 """
@@ -16,12 +16,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from flm.cluster.capacity import Capacity
 from flm.cluster.config import ClusterConfig, ModelSection, parse_config
 from flm.cluster.events import EventLog
 from flm.cluster.group import ReplicaGroup
-from flm.cluster.group_spec import footprint, group_spec, ranks_per_node
-from flm.cluster.placement import Group, Node, place, threads_per_rank
-from flm.cluster.ranks import Adopted, GatewayLink, RankHost, RankReport, within
+from flm.cluster.group_spec import group_spec
+from flm.cluster.history import History
+from flm.cluster.ranks import Adopted, GatewayLink, RankHost, RankLink, RankReport, within
 from flm.cluster.reconcile import (
     Action,
     DrainReplica,
@@ -32,10 +33,12 @@ from flm.cluster.reconcile import (
     StopReplica,
     count_failure,
     reconcile,
+    told_of_failure,
 )
 from flm.cluster.route_feed import RouteFeed
 from flm.cluster.state import Desired, load_desired, save_desired
 from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
+from flm.worker.rank import GroupSpec
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Controller:
         self._woken = asyncio.Event()
         self._grace: float | None = None  # of a shutdown, in place of the models' drain_timeout
         self._acting = asyncio.Lock()  # actions wait for ranks, and must not meet an operator's half-way
-        self._nodes: list[Node] = []
+        self._capacity, self._history = Capacity(host, self.config), History(folder)
 
     # ------------------------------------------------------------------------------------------- the loop
     async def run(self) -> None:
@@ -91,6 +94,17 @@ class Controller:
             else:
                 await asyncio.gather(*(link.kill(RankReport()) for link in found.links.values()))
         await asyncio.gather(*(group.look() for group in self.groups.values()))
+        self._recall_failed()
+
+    def _recall_failed(self) -> None:
+        """What had failed waits on for its turn, or for an operator's word."""
+        for replica_id in self._history:
+            model = replica_id.rpartition("-")[0]
+            if model not in self.desired.replicas:
+                self._history.forget(replica_id)
+            elif replica_id not in self.groups:
+                section, facts = self.config.model_named(model), self.desired.facts[model]
+                self._idle(group_spec(section, facts, replica_id, self._run_root))
 
     async def step(self) -> None:
         """One look."""
@@ -114,14 +128,16 @@ class Controller:
                 await self._drain(self.groups[replica_id])
             case StopReplica(replica_id, reason):
                 group = self.groups.pop(replica_id)
+                self._history.forget(replica_id)
                 self._event("replica_stopped", group, reason)
                 self._end(group, orderly=not group.fault)
             case KillReplica(replica_id, reason):
                 group = self.groups[replica_id]
                 group.failures = count_failure(group.view(now), now)
-                group.message, group.address = reason, ""
+                group.message, group.address = told_of_failure(replica_id, group.failures, reason), ""
                 group.enter(Phase.FAILED)
-                self._event("replica_failed", group, reason)
+                self._history.note(group)
+                self._event("replica_failed", group, group.message)
                 self._end(group, orderly=False)
 
     async def _start(self, replica_id: str, model: str) -> None:
@@ -129,54 +145,41 @@ class Controller:
         if before is not None and before.ending is not None and not before.ending.done():
             return  # its ranks are still going; the next look asks again
         section = self.config.model_named(model)
-        await self._look_at_nodes()
         spec = group_spec(section, self.desired.facts[model], replica_id, self._run_root)
         try:
-            node = self._place(replica_id, model)
+            node = await self._capacity.place(replica_id, model, self.groups.values(), self.desired)
         except DoesNotFit as error:
-            group = ReplicaGroup(spec, "", {}, self.wake, self.desired.replica_key)
-            group.message, group.failures = str(error), NO_PLACE
-            group.enter(Phase.FAILED)
+            group = self._idle(spec, str(error))
+            group.failures = NO_PLACE
             if before is None or before.message != group.message:
-                self._event("replica_unplaced", group, str(error))
-            self.groups[replica_id] = group
+                self._event("replica_unplaced", group, group.message)
             return
         if not section.threads:
-            spec = replace(
-                spec,
-                threads=threads_per_rank(
-                    node, ranks_per_node(self.config, self.desired.replicas, len(self._nodes))
-                ),
-            )
+            spec = replace(spec, threads=self._capacity.threads(node, self.desired))
         links = {rank: self._host.launch(spec, rank, node) for rank in range(spec.tensor_parallel)}
         group = self._take(Adopted(spec, node.node_id, links))
-        if before is not None:
-            group.restarts, group.failures = before.restarts + 1, before.failures
-            group.message = before.message
+        if replica_id in self._history:
+            group.restarts += 1
+            self._history.note(group)
         self._event("replica_starting", group, f"on {node.name}, {spec.threads} threads per rank")
 
-    async def _look_at_nodes(self) -> None:
-        """The cluster's nodes now; those of the last look where Ray does not answer."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CALL_TIMEOUT):
-                self._nodes = await self._host.nodes() or self._nodes
-
-    def _take(self, found: Adopted) -> ReplicaGroup:
-        group = ReplicaGroup(found.spec, found.node_id, found.links, self.wake, self.desired.replica_key)
-        group.watch()
-        self.groups[group.replica_id] = group
+    def _idle(self, spec: GroupSpec, message: str = "") -> ReplicaGroup:
+        """A group of which nothing runs."""
+        group = self._remembered(spec, "", {})
+        group.message = message or group.message
+        group.enter(Phase.FAILED)
         return group
 
-    def _footprint(self, name: str, model: str) -> Group:
-        return footprint(name, self.config.model_named(model), self.desired.facts[model])
+    def _take(self, found: Adopted) -> ReplicaGroup:
+        group = self._remembered(found.spec, found.node_id, found.links)
+        group.watch()
+        return group
 
-    def _place(self, replica_id: str, model: str) -> Node:
-        groups = [self._footprint(g.replica_id, g.spec.model) for g in self.groups.values() if g.node_id]
-        if replica_id not in {g.replica_id for g in groups}:
-            groups.append(self._footprint(replica_id, model))
-        placed = {g.replica_id: g.node_id for g in self.groups.values() if g.phase is not Phase.FAILED}
-        chosen = place(groups, self._nodes, placed)[replica_id]
-        return next(node for node in self._nodes if node.node_id == chosen)
+    def _remembered(self, spec: GroupSpec, node_id: str, links: dict[int, RankLink]) -> ReplicaGroup:
+        group = ReplicaGroup(spec, node_id, links, self.wake, self.desired.replica_key)
+        self._history.recall(group)
+        self.groups[group.replica_id] = group
+        return group
 
     async def _drain(self, group: ReplicaGroup) -> None:
         group.enter(Phase.DRAINING)
@@ -221,19 +224,10 @@ class Controller:
         if not bounds.min <= replicas <= bounds.max:
             raise InvalidRequest("replicas", f"expected {bounds.min} to {bounds.max}, got {replicas}")
         if replicas > (before := self.desired.replicas[model]):
-            await self._check_room(self.desired.scaled(model, replicas))
+            await self._capacity.check(self.desired.scaled(model, replicas))
         self._want(self.desired.scaled(model, replicas))
         self.events.add("scaled", f"from {before} to {replicas}", model=model)
         return before
-
-    async def _check_room(self, desired: Desired) -> None:
-        await self._look_at_nodes()
-        groups = [
-            self._footprint(f"{name}-{i}", name)
-            for name, count in desired.replicas.items()
-            for i in range(count)
-        ]
-        place(groups, self._nodes, {})
 
     def _want(self, desired: Desired) -> None:
         save_desired(self._folder, desired)
@@ -265,6 +259,8 @@ class Controller:
                 await self._drain(group)
         if group.phase is Phase.FAILED:
             group.failures = 0
+            if replica_id in self._history:
+                self._history.note(group)
         elif group.phase is Phase.STARTING:
             group.fault = "restarted by an operator"
         self.wake()

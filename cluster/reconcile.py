@@ -16,8 +16,9 @@ MIN_MISSED = 5  # and so many unanswered ones in a row: an observer that was hel
 LEADER_FIRST = 1.0  # seconds that a leader gets past its own bound on a step, for it knows the rank to blame
 MAX_STARTING = 180.0  # seconds without progress while starting
 QUICK = 60.0  # a group that fails before it was ready for so long fails quickly
-MAX_QUICK = 5  # quick failures in a row before it is called failed for good and retried slowly
+MAX_QUICK = 5  # quick failures in a row before it is retried slowly
 SLOW_RETRY = 60.0
+GIVE_UP = 10  # quick failures in a row, after which only an operator has it started again
 DRAIN_SETTLE = 0.5  # seconds for requests that were on their way when draining began
 
 
@@ -91,6 +92,13 @@ def retry_delay(failures: int) -> float:
     return 0.0 if failures <= 1 else float(2 ** (failures - 2))
 
 
+def told_of_failure(replica_id: str, failures: int, reason: str) -> str:
+    """What operators read of a group that failed."""
+    if failures < GIVE_UP:
+        return reason
+    return f"{reason} (failed {failures} times in a row; given up: `flm-cluster restart {replica_id}` tries again)"
+
+
 def count_failure(view: ReplicaView, now: float) -> int:
     """`failures` of a group that fails now."""
     lasted = view.phase in (Phase.READY, Phase.DRAINING) and now - view.since >= QUICK
@@ -134,13 +142,17 @@ def _reconcile_model(target: ModelTarget, replicas: Sequence[ReplicaView], now: 
             yield _dismiss(replica, fault)
         elif fault:
             yield KillReplica(replica.replica_id, fault)
-        elif replica.phase is Phase.FAILED and now >= replica.since + retry_delay(replica.failures):
+        elif replica.phase is Phase.FAILED and _is_due(replica, now):
             yield StartReplica(replica.replica_id, target.model)
     taken = {r.replica_id for r in replicas}
     free = (f"{target.model}-{i}" for i in range(len(taken) + target.replicas))
     unused = (replica_id for replica_id in free if replica_id not in taken)
     for _ in range(target.replicas - len(counted)):
         yield StartReplica(next(unused), target.model)
+
+
+def _is_due(replica: ReplicaView, now: float) -> bool:
+    return replica.failures < GIVE_UP and now >= replica.since + retry_delay(replica.failures)
 
 
 def _dispensable(replica: ReplicaView) -> tuple[int, int, float]:

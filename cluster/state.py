@@ -104,15 +104,23 @@ def write_atomic(path: Path, data: Mapping[str, Any]) -> None:
         os.close(folder)
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What write_atomic wrote, None where nothing was written yet."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return data
+
+
 def save_desired(folder: Path, desired: Desired) -> None:
     write_atomic(folder / DESIRED, asdict(desired))
 
 
 def load_desired(folder: Path) -> Desired | None:
     """The saved state, or None where nothing was saved yet."""
-    try:
-        data = json.loads((folder / DESIRED).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    data = read_json(folder / DESIRED)
+    if data is None:
         return None
     facts = {name: ModelFacts(**fields) for name, fields in data.pop("facts").items()}
     return Desired(**data, facts=facts)
@@ -121,10 +129,7 @@ def load_desired(folder: Path) -> Desired | None:
 def count_start(folder: Path) -> tuple[int, float]:
     """To be called when a controller starts: how many started before it, and when the first did (seconds since the
     epoch)."""
-    try:
-        saved = json.loads((folder / STARTS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        saved = {"count": 0, "first": time.time()}
+    saved = read_json(folder / STARTS) or {"count": 0, "first": time.time()}
     write_atomic(folder / STARTS, {**saved, "count": saved["count"] + 1})
     return saved["count"], saved["first"]
 
@@ -144,10 +149,8 @@ def running_clusters() -> list[str]:
 
 
 def load_endpoint(name: str) -> Endpoint | None:
-    try:
-        return Endpoint(**json.loads((state_dir(name) / ENDPOINT).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+    data = read_json(state_dir(name) / ENDPOINT)
+    return None if data is None else Endpoint(**data)
 
 
 def find_endpoint(name: str = "") -> Endpoint:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm.cluster.reconcile import (
+    GIVE_UP,
     MAX_QUICK,
     MAX_SILENCE,
     MIN_MISSED,
@@ -26,6 +27,7 @@ from flm.cluster.reconcile import (
     fault_of,
     reconcile,
     retry_delay,
+    told_of_failure,
 )
 
 NOW = 1000.0
@@ -68,6 +70,16 @@ def test_delays_grow_and_then_stay_slow() -> None:
         SLOW_RETRY,
         SLOW_RETRY,
     ]
+
+
+def test_what_fails_over_and_over_is_given_up_and_says_so() -> None:
+    failed = replace(view("m-0", Phase.FAILED, failures=GIVE_UP - 1), since=NOW)
+    assert act(1, failed, now=NOW + SLOW_RETRY) == [StartReplica("m-0", "m")]
+    assert act(1, replace(failed, failures=GIVE_UP), now=NOW + 1e6) == []
+    assert act(0, replace(failed, failures=GIVE_UP)) == [StopReplica("m-0", "no longer wanted")]
+    assert told_of_failure("m-0", GIVE_UP - 1, "rank 0: died") == "rank 0: died"
+    assert "rank 0: died (failed 10 times" in told_of_failure("m-0", GIVE_UP, "rank 0: died")
+    assert "`flm-cluster restart m-0`" in told_of_failure("m-0", GIVE_UP, "rank 0: died")
 
 
 def test_only_quick_failures_add_up() -> None:

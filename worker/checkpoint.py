@@ -127,10 +127,10 @@ def _with_own_head(
     """A checkpoint that says its head is the embedding, and holds a head nonetheless, means the head."""
     if config.tie_embeddings:
         untied = replace(config, tie_embeddings=False)
-        recipes = family.recipes(untied)
+        recipes = family.locate(untied, source.names())
         if source.has(recipes[LM_HEAD].tensor):
             return untied, recipes
-    return config, family.recipes(config)
+    return config, family.locate(config, source.names())
 
 
 def _check_tensors(

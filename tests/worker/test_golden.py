@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flm.worker import Engine
+from flm.worker import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
@@ -36,3 +36,36 @@ def test_logits_on_any_number_of_ranks_and_however_the_prompt_is_cut(name: str) 
             assert relative(whole, want) < TOLERANCE, f"{ranks} ranks"
             for chunk in (1, 5):
                 np.testing.assert_array_equal(engine.logits(ids, chunk=chunk), whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_company_and_cached_prefixes_change_no_token(name: str) -> None:
+    ids, _ = reference(name)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    with tiny(name) as engine:
+        if engine.max_context < len(ids) + 40:
+            pytest.skip(f"{name} has a context of {engine.max_context}")
+        prompts = [ids, ids[2:]]
+        alone = [engine.generate([prompt], params)[0].token_ids for prompt in prompts]
+        assert [done.token_ids for done in engine.generate(prompts, params)] == alone
+        longer = [*ids, *alone[0]]
+        (cached,) = engine.generate([longer], params)
+    with tiny(name) as engine:
+        (fresh,) = engine.generate([longer], params)
+        assert cached.token_ids == fresh.token_ids
+        assert fresh.cached_tokens == 0
+        if not engine.config.attention.rope.per_request:
+            assert cached.cached_tokens == 16
+
+
+def test_requests_that_rotate_differently_share_no_blocks() -> None:
+    ids, _ = reference("qwen1_long")
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    with tiny("qwen1_long") as engine:
+        stretch = engine.config.attention.rope.stretch
+        assert [stretch(n) for n in (5, 6, 10, 12, 20, 21)] == [1, 3, 3, 7, 7, 15]
+        (first,) = engine.generate([ids], params)
+        (again,) = engine.generate([[*ids, *first.token_ids]], params)
+        assert again.cached_tokens == 0
+        (twice,) = engine.generate([[*ids, *first.token_ids]], params)
+        assert (twice.cached_tokens, twice.token_ids) == (16, again.token_ids)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from flm.worker.canonical import decoder_tensors
@@ -29,7 +29,8 @@ class Family:
     """`read` makes the decoder's description of config.json, `recipes` says where each canonical tensor lies.
 
     `architectures`: as in config.json; where two families share one, `accepts` tells them apart. `ignored`: patterns of
-    tensors that hold no weights (tables and masks of old checkpoints)."""
+    tensors that hold no weights (tables and masks of old checkpoints). `optional_prefix`: of tensor names, left out by
+    checkpoints of the bare decoder."""
 
     name: str
     architectures: tuple[str, ...]
@@ -37,6 +38,14 @@ class Family:
     recipes: Callable[[ModelConfig], dict[str, Recipe]] = same_names
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     accepts: Callable[[Fields], bool] = lambda fields: True
+    optional_prefix: str = ""
+
+    def locate(self, config: ModelConfig, names: Iterable[str]) -> dict[str, Recipe]:
+        """The recipes for a checkpoint with tensors of those names."""
+        recipes, prefix = self.recipes(config), self.optional_prefix
+        if not prefix or any(name.startswith(prefix) for name in names):
+            return recipes
+        return {n: replace(r, tensor=r.tensor.removeprefix(prefix)) for n, r in recipes.items()}
 
     def is_ignored(self, tensor: str) -> bool:
         return any(fnmatchcase(tensor, pattern) for pattern in self.ignored)

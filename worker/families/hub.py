@@ -13,10 +13,10 @@ MAX_LAYERS = 4096  # far beyond any model's, far below what a damaged number can
 _ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
-def check_activation(fields: Fields) -> None:
-    """CheckpointError unless gates go through SiLU."""
-    if fields.get("hidden_act") not in (None, "silu", "swish"):
-        raise fields.fail(f"hidden_act: 'silu' expected, found {fields.get('hidden_act')!r}")
+def check_activation(fields: Fields, name: str = "hidden_act", wanted: str = "silu") -> None:
+    """CheckpointError for another activation."""
+    if fields.get(name) not in (None, wanted, *(("swish",) if wanted == "silu" else ())):
+        raise fields.fail(f"{name}: {wanted!r} expected, found {fields.get(name)!r}")
 
 
 def first_token(fields: Fields) -> int | None:

@@ -8,30 +8,20 @@ from pathlib import Path
 from flm.worker.config import ModelConfig
 from flm.worker.families import gguf, hub
 from flm.worker.families.baichuan import BAICHUAN
+from flm.worker.families.bloom import BLOOM
 from flm.worker.families.family import Family
 from flm.worker.families.fields import Fields, read_json
 from flm.worker.families.glm import CHATGLM, GLM
 from flm.worker.families.internlm2 import INTERNLM2
 from flm.worker.families.llama import INTERNLM, LLAMA, XVERSE, YI
 from flm.worker.families.minicpm import GRANITE, MINICPM
+from flm.worker.families.moss import MOSS
 from flm.worker.families.qwen import QWEN, QWEN2, QWEN3
 from flm.worker.gguf_file import GGUFFile
 
 FAMILIES = (
-    LLAMA,
-    YI,
-    XVERSE,
-    INTERNLM,
-    INTERNLM2,
-    QWEN,
-    QWEN2,
-    QWEN3,
-    BAICHUAN,
-    MINICPM,
-    GRANITE,
-    CHATGLM,
-    GLM,
-)
+    LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, GLM, MOSS, BLOOM,
+)  # fmt: skip
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, Family]:

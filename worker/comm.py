@@ -108,8 +108,8 @@ class ThreadCommunicator(GroupCommunicator):
 
 
 class SharedMemoryCommunicator(GroupCommunicator):
-    """Ranks that are processes of one host, over a mapped file which has no name once all have joined, so
-    nothing stays behind however they die."""
+    """Ranks that are processes of one host, over a mapped file which has no name once all have joined, or
+    the first one gave up: nothing stays behind however they die."""
 
     def __init__(self, path: Path, rank: int, size: int, backend: Backend, timeout: float) -> None:
         length = Group.buffer_bytes(size)
@@ -117,9 +117,11 @@ class SharedMemoryCommunicator(GroupCommunicator):
             _create(path, length)
         self._map = _attach(path, length, rank, timeout)
         super().__init__(Group(np.frombuffer(self._map, np.uint8), rank, size, timeout), backend)
-        self.barrier()
-        if rank == 0:
-            path.unlink()
+        try:
+            self.barrier()
+        finally:
+            if rank == 0:
+                path.unlink()
 
 
 def _create(path: Path, length: int) -> None:

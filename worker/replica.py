@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 OnEvents = Callable[[list[TokenEvent]], None]
 FAREWELL = 0.3  # seconds given to a failing rank to say why
+IDLE_CHECK = (
+    1.0  # seconds without work, once, before blocks and slots are counted: a leak ends the group, named
+)
 
 
 class Replica:
@@ -45,6 +48,7 @@ class Replica:
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._cancelled: list[TokenEvent] = []
+        self._borrowed = 0  # computations that have blocks of their own
         self._step_began = 0.0  # monotonic; 0 while idle
         self._thread = threading.Thread(target=self._loop, name="replica", daemon=True)
         self._on_events: OnEvents = lambda events: None
@@ -92,20 +96,28 @@ class Replica:
             return self._scheduler.load()
 
     def check(self) -> None:
-        """Assert that every KV block is accounted for."""
+        """Assert that every KV block and every slot is accounted for."""
         with self._lock:
-            self._scheduler.pool.check()
+            self._check()
+
+    def _check(self) -> None:
+        if self._borrowed:
+            self._scheduler.pool.check()  # no table has those that are lent
+        else:
+            self._scheduler.check()
 
     @contextmanager
     def borrow_blocks(self, count: int) -> Iterator[list[int]]:
         """`count` KV blocks for a computation outside of any request, given back without contents."""
         with self._lock:
             blocks = self._scheduler.pool.allocate(count)
+            self._borrowed += 1
         try:
             yield blocks
         finally:
             with self._lock:
                 self._scheduler.pool.release(blocks)
+                self._borrowed -= 1
 
     def step_age(self) -> float:
         """Seconds since the present step began, 0 while idle."""
@@ -122,10 +134,13 @@ class Replica:
             self._fail(error)
 
     def _wait_for_work(self) -> bool:
+        checked = False
         with self._lock:
             while self.state in ("ready", "draining") and not (self._scheduler.has_work or self._cancelled):
                 self._step_began = 0.0
-                self._wake.wait()
+                if not self._wake.wait(None if checked else IDLE_CHECK):
+                    self._check()
+                    checked = True
             self._step_began = time.monotonic()
             return self.state in ("ready", "draining")
 

@@ -17,6 +17,7 @@ import psutil
 from flm.cluster.admin_client import AdminClient
 from flm.cluster.client import Client
 from flm.proto import flm_pb2
+from flm.worker.replica import IDLE_CHECK
 
 MODEL = "smollm2"
 
@@ -69,6 +70,13 @@ class Cluster:
             return states == [flm_pb2.REPLICA_STATE_READY] * replicas and idle and blocks
 
         self.wait(whole, seconds)
+
+    def check_blocks(self) -> None:
+        """Every replica counts its blocks and slots once it was idle for a moment, and fails where one is missing."""
+        before = [(r.replica_id, r.restarts) for r in self.replicas()]
+        time.sleep(IDLE_CHECK + 1.5)  # and a heartbeat
+        assert [(r.replica_id, r.restarts) for r in self.replicas()] == before
+        self.wait_until_whole(len(before), 1.0)
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """Processes of this cluster's Ray head whose command line contains `title`."""

@@ -54,6 +54,7 @@ def test_a_killed_rank_costs_no_stream_a_token(
     rebuilt = next(r for r in cluster.replicas() if r.replica_id == victim.replica_id)
     assert rebuilt.ranks[rank].pid != victim.ranks[rank].pid
     assert rebuilt.restarts == victim.restarts + 1
+    cluster.check_blocks()
 
 
 def test_a_hung_rank_is_named_and_its_streams_go_on(cluster: Cluster, undisturbed: list[Outcome]) -> None:
@@ -65,6 +66,7 @@ def test_a_hung_rank_is_named_and_its_streams_go_on(cluster: Cluster, undisturbe
         os.kill(victim.ranks[1].pid, signal.SIGSTOP)
         assert_same(streams.wait(), undisturbed)
     cluster.wait_until_whole()
+    cluster.check_blocks()
     with cluster.admin_client() as admin:  # an endless stream: without such an event the test's time runs out
         next(
             e
@@ -118,6 +120,7 @@ def test_a_client_that_leaves_frees_what_it_used(cluster: Cluster) -> None:
     ):
         next(stream)
     cluster.wait_until_whole(seconds=5)
+    cluster.check_blocks()
 
 
 def test_replicas_do_not_talk_to_strangers(cluster: Cluster) -> None:

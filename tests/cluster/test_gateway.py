@@ -63,7 +63,8 @@ async def test_queue_full_goes_elsewhere_then_is_refused(start_cluster: Start) -
         with pytest.raises(Overloaded) as caught:
             [f async for f in client.generate("x")]
     assert caught.value.retry_after == 0.25
-    assert all(view.ready for view in cluster.views())
+    await cluster.settled()
+    assert all(view.ready and not view.outstanding for view in cluster.views())
     assert len(cluster.seats[1].replica.accepted) == 4
 
 

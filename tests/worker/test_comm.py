@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from flm.kernels.backend import Backend
-from flm.kernels.cpu.backend import CpuBackend
+from flm.kernels.cpu.backend import CpuBackend, warm
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout
 from flm.kernels.reference import ReferenceBackend
 from flm.worker.comm import (
@@ -56,6 +56,12 @@ def over_threads(timeout: float = 20.0, backend: Callable[[], Backend] = lambda:
 
 def over_a_file(path: Path, timeout: float = 20.0) -> Any:
     return lambda rank: SharedMemoryCommunicator(path, rank, SIZE, CpuBackend(1), timeout)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Kernels are compiled before ranks begin to wait for each other."""
+    warm(1)
 
 
 @pytest.fixture(params=["threads", "reference", "file"])

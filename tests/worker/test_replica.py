@@ -171,9 +171,8 @@ def test_a_client_that_leaves_frees_its_blocks_within_a_step(bench: Bench) -> No
         bench.submit(name, max_tokens=40)
     waiting = bench.submit("c")
     assert bench.inside.wait(10)
-    bench.replica.cancel("a")
-    bench.replica.cancel("b")
-    bench.replica.cancel("never seen")
+    for name in ("a", "b", "never seen"):
+        bench.replica.cancel(name)
     bench.open.set()
     assert [bench.rest(name)[-1].finish_reason for name in "ab"] == [FinishReason.CANCELLED] * 2
     bench.verify(waiting)

@@ -31,9 +31,10 @@ from flm.kernels.cuda.nvrtc import include_folder
 
 HERE = Path(__file__).resolve().parent
 SHIM = "flm_ptx_emu.h"
-FLAGS = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w"]
+FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-w"]
 # Schedules: forward and reverse with cp.async done at wait and at issue, then seeds. See run_all in emu_launch.h.
 SETTINGS = (0, 1, 2, 3, 4, 7, 10, 13)
+TOGETHER = 8  # instances in one library
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -178,7 +179,7 @@ def _argument(value: Any) -> tuple[Any, str]:
 
 
 class EmulatedDevice:
-    """The Device of kernel.py for NumPy arrays. Instances of one source are built together, sources in parallel.
+    """The Device of kernel.py for NumPy arrays. A few instances of one source are built together, all in parallel.
 
     setting: the schedule of the launches to come. edits: (old, new) made in every source that has `old`, to plant a fault.
     """
@@ -187,18 +188,22 @@ class EmulatedDevice:
         self.setting = 0
         self.processors = 4
         self._where: dict[Kernel, tuple[Any, int]] = {}
-        groups: dict[str, list[Kernel]] = {}
-        for kernel in kernels:
-            groups.setdefault(kernel.source, []).append(kernel)
-        _shim()
-        texts = {name: inlined((FOLDER / name).read_text()) for name in groups}
+        sources = sorted({kernel.source for kernel in kernels})
+        texts = {name: inlined((FOLDER / name).read_text()) for name in sources}
         for old, new in edits:
             assert sum(old in text for text in texts.values()) == 1, f"a source with {old!r} expected"
             texts = {name: text.replace(old, new, 1) for name, text in texts.items()}
+        parts = [
+            (name, found[i : i + TOGETHER])
+            for name in sources
+            for found in [[k for k in dict.fromkeys(kernels) if k.source == name]]
+            for i in range(0, len(found), TOGETHER)
+        ]
+        _shim()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            built = pool.map(lambda name: build(texts[name], groups[name]), groups)
-            for name, library in zip(groups, built, strict=True):
-                self._where |= {kernel: (library, i) for i, kernel in enumerate(groups[name])}
+            built = pool.map(lambda part: build(texts[part[0]], part[1]), parts)
+            for (_, members), library in zip(parts, built, strict=True):
+                self._where |= {kernel: (library, i) for i, kernel in enumerate(members)}
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Filled with poison, ends at a guard page."""

@@ -6,7 +6,12 @@
 from __future__ import annotations
 
 from flm.kernels.cuda import elementwise, rope
-from flm.kernels.cuda.kernel import Kernel
+from flm.kernels.cuda.kernel import Kernel, instance
+
+
+def _linear(activation: str, out: str, format: int, scale: str, group: int, rows: int, cols: int) -> Kernel:
+    return instance("linear.cu", "linear", activation, out, format, scale, group, rows, cols)
+
 
 INSTANCES: dict[Kernel, int] = {
     elementwise.rms_norm_kernel("float32", "float16", 4096): 48,
@@ -20,4 +25,16 @@ INSTANCES: dict[Kernel, int] = {
     rope.kernel("float16", "float16"): 64,
     rope.kernel("bfloat16", "bfloat16"): 64,
     rope.kernel("bfloat16", "int8"): 64,
+    # int4, groups of 128: two blocks a multiprocessor, and one for more than 8 tokens
+    _linear("float16", "float16", 4, "__half2", 8, 4, 1): 128,
+    _linear("bfloat16", "bfloat16", 4, "__half2", 8, 4, 1): 128,
+    _linear("bfloat16", "bfloat16", 4, "__half2", 8, 1, 1): 128,
+    _linear("bfloat16", "bfloat16", 4, "__half2", 8, 4, 2): 255,
+    _linear("bfloat16", "bfloat16", 4, "float2", 2, 4, 1): 255,
+    _linear("float16", "float32", 8, "__half", 2, 2, 1): 255,
+    _linear("bfloat16", "bfloat16", 8, "__half", 8, 4, 1): 128,
+    _linear("bfloat16", "bfloat16", 8, "__half2", 1, 4, 2): 255,
+    _linear("bfloat16", "bfloat16", 9, "float", 8, 4, 1): 128,
+    _linear("bfloat16", "float32", 16, "float", 0, 4, 1): 128,
+    _linear("float16", "float16", 16, "float", 0, 4, 2): 128,
 }

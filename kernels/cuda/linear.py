@@ -1,0 +1,61 @@
+"""Products with packed weights on a GPU. Shape legend: M rows (tokens), K inputs, N outputs."""
+
+from __future__ import annotations
+
+from flm.kernels.cuda.check import Array, check, dimensions
+from flm.kernels.cuda.kernel import Device, Kernel, instance
+from flm.kernels.cuda.pack import NUMBERS, CudaMatrix
+
+THREADS = 256
+
+
+def kernel(weight: CudaMatrix, out: str, rows: int, cols: int) -> Kernel:
+    """The instance that makes 16 * rows outputs of 8 * cols rows of x a block."""
+    number, scale = NUMBERS[weight.format], weight.scale_type
+    return instance("linear.cu", "linear", weight.dtype, out, number, scale, weight.group, rows, cols)
+
+
+def tile(N: int, M: int, processors: int) -> tuple[int, int]:
+    """Row tiles and column tiles of a block: few enough rows that every processor has a block."""
+    if M > 8:
+        return 4, 2
+    tiles = -(-N // 16)
+    return next((r for r in (4, 2) if tiles >= r * processors), 1), 1
+
+
+def linear(
+    device: Device,
+    x_MK: Array,
+    weight: CudaMatrix,
+    out_MN: Array,
+    bias_N: Array | None = None,
+    accumulate: bool = False,
+) -> None:
+    """out = x @ weight.T (+ bias), or out += that where accumulate. out must not overlap x.
+
+    x: the type that the weight was packed for; out: that or float32; bias: float32.
+    An output's bits depend on its row of x and its row of the weight alone.
+    """
+    M = dimensions("x", x_MK, 2)[0]
+    N = weight.shape[0]
+    check("x", x_MK, (M, weight.columns), weight.dtype)
+    out = check("out", out_MN, (M, N), weight.dtype, "float32")
+    if bias_N is not None:
+        check("bias", bias_N, (N,), "float32")
+    if not M or not N:
+        return
+    rows, cols = tile(N, M, device.processors)
+    args = [
+        x_MK,
+        weight.codes,
+        weight.scales,
+        bias_N,
+        out_MN,
+        M,
+        N,
+        weight.columns,
+        weight.k_tiles,
+        weight.span,
+    ]
+    grid = (-(-N // (16 * rows)), -(-M // (8 * cols)))
+    device.launch(kernel(weight, out, rows, cols), grid, THREADS, [*args, int(accumulate)])

@@ -1,0 +1,158 @@
+"""Products with packed weights of the CUDA source, emulated, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from emulator import EmulatedDevice
+from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, numpy_dtype, rounding, sweep
+
+from flm.kernels import quant
+from flm.kernels.cuda import linear as ops
+from flm.kernels.cuda.kernel import instance
+from flm.kernels.cuda.pack import NUMBERS, pack
+from flm.kernels.errors import DTypeError, ShapeError, UnsupportedFormat
+
+# format, group of the matrix, steps of a group as packed, the scales' C++ type
+FORMATS = [
+    ("int4", 128, 8, "__half2"), ("int4", 32, 2, "float2"), ("int8", 64, 4, "__half"), ("int8", 16, 1, "__half2"),
+    ("fp8", 128, 8, "float"), ("float", 0, 0, "float"),
+]  # fmt: skip
+# processors (few: large tiles), rows, outputs, inputs
+SHAPES = (
+    (99, 1, 40, 512),
+    (99, 3, 24, 2608),
+    (3, 8, 104, 1040),
+    (1, 5, 65, 300),
+    (1, 21, 100, 1536),
+    (1, 9, 16, 16),
+)
+TILES = [(1, 1), (2, 1), (4, 1), (4, 2)]
+
+
+def kernels(activation, format, steps, scale, tiles=TILES, outs=("float32",)):
+    number = NUMBERS[format]
+    return [
+        instance("linear.cu", "linear", activation, out, number, scale, steps, *tile)
+        for out, tile in itertools.product(outs, tiles)
+    ]
+
+
+def matrix(rng, n, k, format, group, scale):
+    """A random matrix whose scales have this C++ type."""
+    if format == "float":
+        return quant.from_float(rng.standard_normal((n, k)).astype(np.float32))
+    if format == "fp8":
+        codes = rng.integers(0, 127, (n, -(-k // group) * group), np.uint8) | rng.choice(
+            [0, 128], (n, 1)
+        ).astype(np.uint8)
+        scales = rng.random((n, codes.shape[1] // group)).astype(np.float32) / 448
+        return quant.QuantizedMatrix("fp8", (n, k), codes, group, scales)
+    made = quant.quantize(rng.standard_normal((n, k)).astype(np.float32), format, group)
+    dtype = np.float32 if "float" in scale else np.float16
+    offsets = made.offsets
+    if "2" in scale and offsets is None:
+        offsets = (rng.standard_normal(made.scales.shape) / 8).astype(dtype)
+    return quant.QuantizedMatrix(
+        format,
+        (n, k),
+        made.codes,
+        group,
+        made.scales.astype(dtype),
+        None if offsets is None else offsets.astype(dtype),
+    )
+
+
+def check_linear(device, activation, format, group, scale, m, n, k, out="float32", accumulate=False):
+    rng = np.random.default_rng(n + k)
+    weight = matrix(rng, n, k, format, group, scale)
+    x, bias = normal(rng, (m, k), activation), normal(rng, (n,), "float32")
+    packed = pack(weight, activation, device)
+    y = device.empty((m, n), out)
+    start = rng.standard_normal((m, n)).astype(numpy_dtype(out))
+    if accumulate:
+        y[...] = start
+    ops.linear(device, x, packed, y, bias, accumulate)
+    w = weight.dequantize()
+    if format == "float":
+        w = w.astype(numpy_dtype(activation))
+    wide, w = x.astype(np.float64), w.astype(np.float64)
+    want = wide @ w.T + bias + (start.astype(np.float64) if accumulate else 0)
+    # float32 sums of k products; offset and scale parts may cancel, as may their products with x
+    size = np.abs(wide) @ (np.abs(w) + np.abs(w).max()).T + 1
+    assert_close(y, want, rounding(out), float((size * 2.0**-22).max()))
+    return y
+
+
+@pytest.fixture(scope="module")
+def device():
+    made = [k for a in ACTIVATIONS for f, _, steps, scale in FORMATS for k in kernels(a, f, steps, scale)]
+    return EmulatedDevice(made)
+
+
+@pytest.mark.parametrize(("format", "group", "steps", "scale"), FORMATS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear(device, activation, format, group, steps, scale):
+    for device.processors, m, n, k in SHAPES:
+        check_linear(device, activation, format, group, scale, m, n, k)
+
+
+def test_rows_of_a_batch_have_the_bits_they_have_alone(device):
+    rng = np.random.default_rng(3)
+    weight = pack(matrix(rng, 72, 1100, "int4", 128, "__half2"), "bfloat16", device)
+    x = normal(rng, (19, 1100), "bfloat16")
+    results = []
+    for device.processors, rows in ((1, 19), (2, 8), (2, 1), (99, 1)):
+        y = device.empty((rows, 72), "float32")
+        ops.linear(device, x[:rows], weight, y)
+        results.append(y)
+    assert all(np.array_equal(results[0][: len(y)], y) for y in results)
+
+
+def test_outputs_of_each_type_and_accumulation():
+    tile = [(2, 1)]
+    for activation in ACTIVATIONS:
+        device = EmulatedDevice(kernels(activation, "int4", 8, "__half2", tile, ("float32", activation)))
+        for out in ("float32", activation):
+            device.processors = 1
+            check_linear(device, activation, "int4", 128, "__half2", 3, 40, 256, out, accumulate=True)
+
+
+def test_linear_under_all_schedules(device):
+    device.processors = 3
+    sweep(device, lambda d: check_linear(d, "float16", "int4", 32, "float2", 5, 40, 288))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("  __syncthreads();\n  for (int o", "  for (int o"),
+        ("next[r][1] = scales[row_stride[r] + 8]", "next[r][1] = scales[row_stride[r]]"),
+        ("tile + i + kDepth);", "tile + i + kDepth + 1);"),
+        ("m + 8 * c < M", "m + 8 * c <= M"),
+        ("dot[r][c][i] = 0.f;", ""),
+    ],
+)
+def test_faults_are_seen(edit):
+    def check(device):
+        device.processors = 3
+        check_linear(device, "float16", "int4", 32, "__half2", 5, 104, 2624)
+
+    assert_caught(kernels("float16", "int4", 2, "__half2", [(2, 1)]), edit, check)
+
+
+def test_wrong_arguments_are_refused():
+    device = EmulatedDevice([])
+    weight = pack(quant.from_float(np.ones((4, 8), np.float32)), "float16", device)
+    x, y = device.empty((2, 8), "float16"), device.empty((2, 4), "float16")
+    with pytest.raises(ShapeError, match=r"x: \(2, 8\) expected, got \(2, 4\)"):
+        ops.linear(device, y, weight, y)
+    with pytest.raises(DTypeError, match="x: float16 expected, got bfloat16"):
+        ops.linear(device, device.empty((2, 8), "bfloat16"), weight, y)
+    with pytest.raises(ShapeError, match="multiple of 4"):
+        pack(quant.from_float(np.ones((4, 7), np.float32)), "float16", device)
+    with pytest.raises(UnsupportedFormat, match="overflows float16"):
+        pack(quant.from_float(np.full((4, 8), 1e6, np.float32)), "float16", device)
+    assert x.shape == (2, 8)

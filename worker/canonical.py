@@ -8,15 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flm.worker.config import FeedForwardConfig, ModelConfig
+from flm.worker.config_parts import ExpertsConfig, LatentConfig
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 EMBEDDING_NORM = "model.embed_norm"
 VOCABULARY = (EMBEDDING, LM_HEAD)
+# never rounded while loading: what chooses experts, and what is turned round before it is multiplied with
+EXACT = (".mlp.gate.weight", ".mlp.shared_gate.weight", ".self_attn.kv_b_proj.weight")
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's shape, and the axis that ranks share it by: heads, kv, ffn, vocab, or whole (every rank holds it)."""
+    """A tensor's shape, and the axis that ranks share it by: heads, kv, ffn, experts, shared (the shared expert's width),
+    vocab, or whole (every rank holds it)."""
 
     shape: tuple[int, ...]
     split: str = "whole"
@@ -41,7 +45,10 @@ def decoder_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         if not c.feed_forward.parallel:
             tensors |= _norm(c, prefix + "post_attention_layernorm")
         tensors |= _attention(c, prefix + "self_attn.")
-        tensors |= _feed_forward(c.hidden, c.feed_forward, prefix + "mlp.")
+        if c.experts is not None and c.is_sparse(layer):
+            tensors |= _experts(c.hidden, c.experts, prefix + "mlp.")
+        else:
+            tensors |= _feed_forward(c.hidden, c.feed_forward, prefix + "mlp.")
     return tensors
 
 
@@ -52,6 +59,8 @@ def _norm(c: ModelConfig, name: str) -> dict[str, TensorSpec]:
 
 def _attention(c: ModelConfig, prefix: str) -> dict[str, TensorSpec]:
     a = c.attention
+    if a.latent is not None:
+        return _latent_attention(c.hidden, a.heads, a.latent, prefix)
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     tensors: dict[str, TensorSpec] = {}
     for name, rows, split in (("q_proj", q, "heads"), ("k_proj", kv, "kv"), ("v_proj", kv, "kv")):
@@ -61,11 +70,40 @@ def _attention(c: ModelConfig, prefix: str) -> dict[str, TensorSpec]:
     return tensors | _row_parallel(prefix + "o_proj", c.hidden, q, "heads", a.output_bias)
 
 
-def _feed_forward(hidden: int, f: FeedForwardConfig, prefix: str) -> dict[str, TensorSpec]:
+def _latent_attention(hidden: int, heads: int, c: LatentConfig, prefix: str) -> dict[str, TensorSpec]:
+    """The fused latent and rotary key of a token; then per head the rows that expand it to a key, and to a value."""
+    tensors = _linear(prefix + "kv_a_proj", c.cached, hidden, "whole", False)
+    tensors[prefix + "kv_a_layernorm.weight"] = TensorSpec((c.rank,))
+    tensors |= _linear(prefix + "kv_b_proj", heads * (c.plain + c.value), c.rank, "heads", False)
+    if c.query_rank:
+        tensors |= _linear(prefix + "q_a_proj", c.query_rank, hidden, "whole", False)
+        tensors[prefix + "q_a_layernorm.weight"] = TensorSpec((c.query_rank,))
+    width = c.query_rank or hidden
+    tensors |= _linear(prefix + "q_proj", heads * (c.plain + c.rotary), width, "heads", False)
+    return tensors | _row_parallel(prefix + "o_proj", hidden, heads * c.value, "heads", False)
+
+
+def _feed_forward(
+    hidden: int, f: FeedForwardConfig, prefix: str, split: str = "ffn"
+) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
     for name in ("gate_proj", "up_proj") if f.gated else ("up_proj",):
-        tensors |= _linear(prefix + name, f.intermediate, hidden, "ffn", f.bias)
-    return tensors | _row_parallel(prefix + "down_proj", hidden, f.intermediate, "ffn", f.bias)
+        tensors |= _linear(prefix + name, f.intermediate, hidden, split, f.bias)
+    return tensors | _row_parallel(prefix + "down_proj", hidden, f.intermediate, split, f.bias)
+
+
+def _experts(hidden: int, e: ExpertsConfig, prefix: str) -> dict[str, TensorSpec]:
+    tensors = _linear(prefix + "gate", e.count, hidden, "whole", False)
+    if e.correction_bias:
+        tensors[prefix + "gate.correction_bias"] = TensorSpec((e.count,))
+    for expert in range(e.count):
+        part = f"{prefix}experts.{expert}."
+        tensors |= _feed_forward(hidden, FeedForwardConfig(e.width), part, "experts")
+    if e.shared:
+        tensors |= _feed_forward(hidden, FeedForwardConfig(e.shared), prefix + "shared.", "shared")
+    if e.shared_gate:
+        tensors |= _linear(prefix + "shared_gate", 1, hidden, "whole", False)
+    return tensors
 
 
 def _linear(name: str, rows: int, cols: int, split: str, bias: bool) -> dict[str, TensorSpec]:

@@ -111,7 +111,8 @@ def _checked(path: Path, config: ModelConfig, family: Family, source: TensorSour
     specs = decoder_tensors(config)
     shapes = {name: spec.shape for name, spec in specs.items()}
     _check_tensors(path, source, recipes, shapes)
-    _check_extras(path, source, {recipe.tensor for recipe in recipes.values()}, family.is_ignored)
+    ignored = lambda name: family.is_ignored(name, config.layers)
+    _check_extras(path, source, {recipe.tensor for recipe in recipes.values()}, ignored)
     checkpoint = Checkpoint(path, config, "", 0, source, recipes, shapes)
     total, labels = 0, Counter[str]()
     for name, shape in shapes.items():

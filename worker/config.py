@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+
+from flm.worker.config_parts import ExpertsConfig, LatentConfig
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,16 @@ class AttentionConfig:
     logn_length: int = (
         0  # q at position p > this is multiplied by log(p) / log(this), p counted from 1; 0: never
     )
+    latent: LatentConfig | None = None  # keys and values are cached as latents; kv_heads is heads
 
     @property
     def heads_per_kv(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Values of a head's output."""
+        return self.latent.value if self.latent else self.head_dim
 
     @property
     def scale(self) -> float:
@@ -106,6 +114,7 @@ class ModelConfig:
     norm: NormConfig
     attention: AttentionConfig
     feed_forward: FeedForwardConfig
+    experts: ExpertsConfig | None = None
     tie_embeddings: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what every layer adds
@@ -122,9 +131,14 @@ class ModelConfig:
         return "" if stretched == 1.0 else f"\0rope {stretched!r}"
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of K and V of one token over all layers, unsharded."""
+        """Bytes that the cache keeps of one token over all layers, unsharded."""
         a = self.attention
-        return 2 * self.layers * a.kv_heads * a.head_dim * itemsize
+        values = a.latent.cached if a.latent else 2 * a.kv_heads * a.head_dim
+        return self.layers * values * itemsize
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
 
 @dataclass(frozen=True)
@@ -157,16 +171,18 @@ class ShardSpec:
     KV heads are the unit of the attention split and query heads follow theirs. Where there are more ranks
     than KV heads, KV heads are replicated and query heads are split within the head's group. The MLP is
     split in units of `group` inputs so that no quantisation group of the row-parallel down projection is
-    cut; the vocabulary is split in units of 64 rows (the kernels' panel height).
+    cut; the vocabulary is split in units of 64 rows (the kernels' panel height). Experts are cut as the MLP is or,
+    with `expert_parallel`, spread over the ranks whole.
     """
 
     model: ModelConfig
     tp_size: int = 1
     tp_rank: int = 0
     group: int = 1  # quantisation group along K, 1 for float weights
+    expert_parallel: bool = False
 
     def for_rank(self, rank: int) -> ShardSpec:
-        return ShardSpec(self.model, self.tp_size, rank, self.group)
+        return replace(self, tp_rank=rank)
 
     @cached_property
     def kv_heads(self) -> Span:
@@ -196,9 +212,28 @@ class ShardSpec:
     @cached_property
     def intermediate(self) -> Span:
         """Rows of gate and up, columns of down."""
-        units = -(-self.model.feed_forward.intermediate // self.group)
-        span = split_evenly(units, self.tp_size)[self.tp_rank].scaled(self.group)
-        return Span(span.start, min(span.stop, self.model.feed_forward.intermediate))
+        return self._columns(self.model.feed_forward.intermediate)
+
+    def _columns(self, width: int) -> Span:
+        span = split_evenly(-(-width // self.group), self.tp_size)[self.tp_rank].scaled(self.group)
+        return Span(min(span.start, width), min(span.stop, width))
+
+    @cached_property
+    def experts(self) -> Span:
+        """Experts of a layer that this rank holds, whole or in part."""
+        count = self.model.experts.count if self.model.experts else 0
+        return split_evenly(count, self.tp_size)[self.tp_rank] if self.expert_parallel else Span(0, count)
+
+    @cached_property
+    def expert_width(self) -> Span:
+        """Rows of gate and up, columns of down, of each of these experts."""
+        width = self.model.experts.width if self.model.experts else 0
+        return Span(0, width) if self.expert_parallel else self._columns(width)
+
+    @cached_property
+    def shared_width(self) -> Span:
+        """The same of the shared expert."""
+        return self._columns(self.model.experts.shared if self.model.experts else 0)
 
     @cached_property
     def vocab(self) -> Span:
@@ -210,8 +245,13 @@ class ShardSpec:
 
     @property
     def q_rows(self) -> Span:
-        """Rows of q_proj, and columns of o_proj."""
+        """Rows of q_proj."""
         return self.heads.scaled(self.model.attention.head_dim)
+
+    @property
+    def value_cols(self) -> Span:
+        """Columns of o_proj."""
+        return self.heads.scaled(self.model.attention.value_dim)
 
     @property
     def kv_rows(self) -> Span:
@@ -220,7 +260,7 @@ class ShardSpec:
 
     def share(self, split: str) -> float:
         """The part of a tensor that this rank holds, by the axis that ranks share it by (see canonical.TensorSpec)."""
-        m = self.model
+        m, e = self.model, self.model.experts
         parts = {
             "heads": (self.heads.size, m.attention.heads),
             "kv": (self.kv_heads.size, m.attention.kv_heads),
@@ -228,5 +268,8 @@ class ShardSpec:
             "vocab": (self.vocab.size, m.vocab),
             "whole": (1, 1),
         }
+        if e is not None:
+            parts["experts"] = (self.experts.size * self.expert_width.size, e.count * e.width)
+            parts["shared"] = (self.shared_width.size, e.shared)
         part, whole = parts[split]
         return part / whole

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flm.kernels.backend import Backend, KVCache, PackedMatrix
+from flm.kernels.latent_ops import LatentCache
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.canonical import EMBEDDING_NORM, layer_prefix
 from flm.worker.comm import Communicator
 from flm.worker.config import ShardSpec
 from flm.worker.layers.attention import Attention, Rotary
+from flm.worker.layers.experts import Experts
 from flm.worker.layers.feed_forward import FeedForward
+from flm.worker.layers.latent_attention import LatentAttention
 from flm.worker.layers.loading import Loading, StepInputs, Workspace
 from flm.worker.layers.norm import Norm
 from flm.worker.weights import ModelWeights
@@ -33,9 +37,9 @@ class Layer:
     part reads what the attention reads, and both are added together."""
 
     input_norm: Norm
-    attention: Attention
+    attention: Attention | LatentAttention
     post_norm: Norm | None
-    feed_forward: FeedForward
+    feed_forward: FeedForward | Experts
 
 
 class Decoder:
@@ -46,7 +50,7 @@ class Decoder:
         weights: ModelWeights,
         backend: Backend,
         comm: Communicator,
-        caches: list[KVCache],
+        caches: list[KVCache] | list[LatentCache],
         positions: int,
         max_tokens: int,
         max_rows: int,
@@ -74,16 +78,24 @@ class Decoder:
         self._logits_SV = self._local_SV if self.shard.tp_size == 1 else backend.empty((max_rows, m.vocab))
         self._widths = tuple(self.shard.for_rank(r).vocab.size for r in range(self.shard.tp_size))
 
-    def _layer(self, loading: Loading, number: int, cache: KVCache) -> Layer:
-        prefix, parallel = layer_prefix(number), self.shard.model.feed_forward.parallel
+    def _layer(self, loading: Loading, number: int, cache: Any) -> Layer:
+        prefix, m = layer_prefix(number), self.shard.model
+        attention = LatentAttention if m.attention.latent else Attention
         layer = Layer(
             Norm(loading, prefix + "input_layernorm"),
-            Attention(loading, prefix + "self_attn.", self.rotary, cache),
-            None if parallel else Norm(loading, prefix + "post_attention_layernorm"),
-            FeedForward(loading, prefix + "mlp."),
+            attention(loading, prefix + "self_attn.", self.rotary, cache),
+            None if m.feed_forward.parallel else Norm(loading, prefix + "post_attention_layernorm"),
+            Experts(loading, prefix + "mlp.")
+            if m.is_sparse(number)
+            else FeedForward(loading, prefix + "mlp.", self.shard.intermediate),
         )
         loading.weights.drop_pages()
         return layer
+
+    def expert_counts(self) -> NDArray[np.int64]:
+        """[sparse layers, experts]: how many tokens went to each expert so far; no rows for a dense model."""
+        parts = [layer.feed_forward for layer in self.layers]
+        return np.array([self.backend.to_host(p.counts_N) for p in parts if isinstance(p, Experts)], np.int64)
 
     def hidden(self, inputs: StepInputs) -> Array:
         """Final normed hidden states [T, E] of the step's tokens; writes their K and V to the caches."""
@@ -116,14 +128,3 @@ class Decoder:
         self.backend.linear(picked_SE, self.lm_head, local_SV, self.lm_head_bias)
         self.comm.all_gather_cols(local_SV, logits_SV if self.shard.tp_size > 1 else local_SV, self._widths)
         return logits_SV
-
-
-def kv_blocks_for(shard: ShardSpec, block_size: int, itemsize: int, kv_bytes: int, most: int) -> int:
-    """Blocks that fit `kv_bytes` on the rank that holds the most KV heads, so that all ranks have as many;
-    never more than `most`."""
-    kv_heads = max(shard.for_rank(r).kv_heads.size for r in range(shard.tp_size))
-    per_block = 2 * shard.model.layers * kv_heads * shard.model.attention.head_dim * itemsize * block_size
-    return max(min(kv_bytes // per_block, most), 0)
-
-
-KV_DTYPES = {"auto": np.float32, "float32": np.float32, "float16": np.float16}

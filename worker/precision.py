@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flm.kernels.quant import QuantizedMatrix, concat_rows, from_float, quantize, same_order
-from flm.worker.canonical import VOCABULARY
+from flm.worker.canonical import EXACT, VOCABULARY
 from flm.worker.errors import ConfigError
 
 FLOATS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -30,7 +30,9 @@ class Precision:
 
     def wanted(self, name: str, stored: str) -> str:
         """The format of the tensor with this canonical name that is stored in format `stored`. Asked for int4, the
-        embedding and the LM head become int8, where four bits cost the most."""
+        embedding and the LM head become int8, where four bits cost the most. Routers and the like stay as they are."""
+        if name.endswith(EXACT):
+            return stored
         if self.format == "int4" and name in VOCABULARY:
             return "int8"
         return self.format or stored

@@ -15,6 +15,7 @@ import numpy as np
 from flm.kernels.backend import Backend
 from flm.kernels.errors import KernelError
 from flm.worker.blocks import BlockPool
+from flm.worker.caches import KV_DTYPES, kv_blocks_for, make_caches
 from flm.worker.channel import (
     FollowerChannel,
     LeaderChannel,
@@ -26,7 +27,7 @@ from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.comm import Communicator, LocalCommunicator, SharedMemoryCommunicator
 from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InvalidRequest
 from flm.worker.limits import Limits
-from flm.worker.model import KV_DTYPES, Decoder, kv_blocks_for
+from flm.worker.model import Decoder
 from flm.worker.paths import resolve_model_path
 from flm.worker.replica import Replica, as_flm_error
 from flm.worker.runner import Runner
@@ -43,6 +44,7 @@ class GroupSpec:
     path: str
     device: str = "cpu"
     tensor_parallel: int = 1
+    expert_parallel: bool = False  # spread a layer's experts over the ranks, whole
     quantization: str = "auto"
     kv_dtype: str = "auto"
     kv_bytes: int = 1 << 30  # per rank, at most
@@ -70,24 +72,18 @@ class Rank:
         """Read this rank's weights into the backend's layout; on_progress gets 0 to 1. Raises FlmError."""
         spec = self.spec
         self.checkpoint: Checkpoint = open_checkpoint(resolve_model_path(spec.path))
-        self.shard = shard_spec(self.checkpoint, spec.tensor_parallel, self.rank, spec.quantization)
+        self.shard = shard_spec(
+            self.checkpoint, spec.tensor_parallel, self.rank, spec.quantization, spec.expert_parallel
+        )
         self.max_context = _context(spec, self.checkpoint.config.max_position)
         try:
             self.backend = open_backend(spec.device, spec.threads)
         except KernelError as error:  # no OpenMP, or more threads than numba was started with
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
         self.num_blocks = self._count_blocks()
-        m = self.shard
-        self._caches = [
-            self.backend.kv_cache(
-                self.num_blocks,
-                spec.block_size,
-                m.kv_heads.size,
-                m.model.attention.head_dim,
-                KV_DTYPES[spec.kv_dtype],
-            )
-            for _ in range(m.model.layers)
-        ]
+        self._caches = make_caches(
+            self.backend, self.shard, self.num_blocks, spec.block_size, KV_DTYPES[spec.kv_dtype]
+        )
         weights = load_weights(self.checkpoint, self.shard, spec.quantization, on_progress)
         self.model = Decoder(
             weights,

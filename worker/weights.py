@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.canonical import EMBEDDING, LM_HEAD, decoder_tensors
 from flm.worker.checkpoint import Checkpoint
-from flm.worker.config import ShardSpec, Span
+from flm.worker.config import ModelConfig, ShardSpec, Span
 from flm.worker.errors import ConfigError
 from flm.worker.precision import (
     SMALL_GROUP,
@@ -125,10 +125,12 @@ def load_weights(
     return ModelWeights(checkpoint, shard, parse_quantization(quantization), on_progress)
 
 
-def shard_spec(checkpoint: Checkpoint, tp_size: int, tp_rank: int, quantization: str) -> ShardSpec:
+def shard_spec(
+    checkpoint: Checkpoint, tp_size: int, tp_rank: int, quantization: str, expert_parallel: bool = False
+) -> ShardSpec:
     """The shard of one rank, with its splits on the borders of the groups that the weights will have.
 
-    Raises ConfigError where some rank would have no heads, no part of the MLP or no vocabulary, or where
+    Raises ConfigError where some rank would have no heads, no part of the MLP, no experts or no vocabulary, or where
     quantised weights cannot be cut between those heads.
     """
     precision = parse_quantization(quantization)
@@ -137,18 +139,40 @@ def shard_spec(checkpoint: Checkpoint, tp_size: int, tp_rank: int, quantization:
         raise ConfigError(f"a rank below {tp_size} expected, got {tp_rank}", field="tensor_parallel")
     if tp_size > m.attention.heads:
         raise _too_many(tp_size, f"{m.attention.heads} attention heads")
+    if expert_parallel:
+        _check_experts(m, tp_size)
+    widths = _cut_widths(m, expert_parallel)
     group = _down_group(checkpoint, precision)
-    intermediate = m.feed_forward.intermediate
-    if tp_size > -(-intermediate // group):
+    if any(tp_size > -(-width // group) for width in widths.values()):
         group = min(group, SMALL_GROUP)  # groups can be cut in halves exactly
-    if tp_size > -(-intermediate // group):
-        raise _too_many(tp_size, f"an MLP of {intermediate} in groups of {group}")
+    for what, width in widths.items():
+        if tp_size > -(-width // group):
+            raise _too_many(tp_size, f"{what} of {width} in groups of {group}")
     if tp_size > m.vocab:
         raise _too_many(tp_size, f"a vocabulary of {m.vocab}")
-    spec = ShardSpec(m, tp_size, tp_rank, group)
+    spec = ShardSpec(m, tp_size, tp_rank, group, expert_parallel)
     if group > 1:
         _check_heads(spec)
     return spec
+
+
+def _cut_widths(m: ModelConfig, expert_parallel: bool) -> dict[str, int]:
+    """The feed-forward widths that ranks share by columns."""
+    widths = {}
+    if not all(m.is_sparse(layer) for layer in range(m.layers)):
+        widths["an MLP"] = m.feed_forward.intermediate
+    if m.experts is not None and not expert_parallel:
+        widths["an expert"] = m.experts.width
+    if m.experts is not None and m.experts.shared:
+        widths["a shared expert"] = m.experts.shared
+    return widths
+
+
+def _check_experts(m: ModelConfig, tp_size: int) -> None:
+    if m.experts is None:
+        raise ConfigError("a model with experts expected; this one has none", field="expert_parallel")
+    if tp_size > m.experts.count:
+        raise _too_many(tp_size, f"{m.experts.count} experts")
 
 
 def _too_many(tp_size: int, what: str) -> ConfigError:
@@ -158,7 +182,7 @@ def _too_many(tp_size: int, what: str) -> ConfigError:
 def _down_group(checkpoint: Checkpoint, precision: Precision) -> int:
     """A multiple of every layer's group along the inputs of its down projection; 1 for float weights."""
     groups = [1]
-    for name in (n for n in checkpoint.shapes if n.endswith(".mlp.down_proj.weight")):
+    for name in (n for n in checkpoint.shapes if n.endswith(".down_proj.weight")):
         stored = checkpoint.storage(name)
         wanted = precision.wanted(name, stored.format)
         groups.append(max(stored.group, 1))
@@ -178,11 +202,11 @@ def _on_border(cols: Span, group: int, width: int) -> bool:
 
 def _check_heads(spec: ShardSpec) -> None:
     a = spec.model.attention
-    width = a.heads * a.head_dim
+    width = a.heads * a.value_dim
     for rank in range(spec.tp_size):
-        if not _on_border(spec.for_rank(rank).q_rows, SMALL_GROUP, width):
+        if not _on_border(spec.for_rank(rank).value_cols, SMALL_GROUP, width):
             raise ConfigError(
-                f"quantised weights cannot be cut between heads of {a.head_dim}, which is no multiple of "
+                f"quantised weights cannot be cut between heads of {a.value_dim}, which is no multiple of "
                 f"{SMALL_GROUP}; use tensor_parallel: 1",
                 field="tensor_parallel",
             )

@@ -31,7 +31,7 @@ def layer_of(weights: ModelWeights, number: int) -> ShardLayer:
     loading = Loading(weights, backend, Workspace(backend, 1), pack=lambda matrix: cast(Any, matrix))
     prefix = layer_prefix(number)
     attention: Any = Attention(loading, prefix + "self_attn.", Rotary(loading, 1), cast(Any, None))
-    mlp: Any = FeedForward(loading, prefix + "mlp.")
+    mlp: Any = FeedForward(loading, prefix + "mlp.", weights.shard.intermediate)
     weights.drop_pages()
     return ShardLayer(
         attention.qkv,

@@ -30,7 +30,7 @@ class Family:
 
     `architectures`: as in config.json; where two families share one, `accepts` tells them apart. `ignored`: patterns of
     tensors that hold no weights (tables and masks of old checkpoints). `optional_prefix`: of tensor names, left out by
-    checkpoints of the bare decoder."""
+    checkpoints of the bare decoder. `extra_layers`: layers past the last are passed over."""
 
     name: str
     architectures: tuple[str, ...]
@@ -39,6 +39,7 @@ class Family:
     ignored: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     accepts: Callable[[Fields], bool] = lambda fields: True
     optional_prefix: str = ""
+    extra_layers: bool = False
 
     def locate(self, config: ModelConfig, names: Iterable[str]) -> dict[str, Recipe]:
         """The recipes for a checkpoint with tensors of those names."""
@@ -47,5 +48,9 @@ class Family:
             return recipes
         return {n: replace(r, tensor=r.tensor.removeprefix(prefix)) for n, r in recipes.items()}
 
-    def is_ignored(self, tensor: str) -> bool:
+    def is_ignored(self, tensor: str, layers: int) -> bool:
+        """Whether a model of so many layers has no use for it."""
+        number = tensor.removeprefix("model.layers.").split(".")[0]
+        if self.extra_layers and number.isdecimal() and int(number) >= layers:
+            return True
         return any(fnmatchcase(tensor, pattern) for pattern in self.ignored)

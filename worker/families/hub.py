@@ -9,7 +9,7 @@ from flm.worker.config import ModelConfig, RopeConfig
 from flm.worker.errors import CheckpointError
 from flm.worker.families.fields import Fields, read_json
 
-MAX_LAYERS = 4096  # far beyond any model's, far below what a damaged number can ask for
+MAX_LAYERS, MAX_EXPERTS = 4096, 1 << 18  # far beyond any model's, far below what a damaged number can ask for
 _ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -17,6 +17,14 @@ def check_activation(fields: Fields, name: str = "hidden_act", wanted: str = "si
     """CheckpointError for another activation."""
     if fields.get(name) not in (None, wanted, *(("swish",) if wanted == "silu" else ())):
         raise fields.fail(f"{name}: {wanted!r} expected, found {fields.get(name)!r}")
+
+
+def layer_count(fields: Fields) -> int:
+    """Layers, bounded: what is listed for each of them must not be as long as a damaged number asks for."""
+    layers = fields.integer("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise fields.fail(f"at most {MAX_LAYERS} layers expected, found {layers}")
+    return layers
 
 
 def first_token(fields: Fields) -> int | None:
@@ -92,6 +100,10 @@ def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
     a, r = config.attention, config.attention.rope
     wrong = [
         (config.layers > MAX_LAYERS, f"at most {MAX_LAYERS} layers expected, found {config.layers}"),
+        (
+            config.experts is not None and config.experts.count * config.layers > MAX_EXPERTS,
+            f"at most {MAX_EXPERTS} experts in all layers expected, found more",
+        ),
         (a.heads % a.kv_heads, f"{a.heads} attention heads cannot be shared by {a.kv_heads} key-value heads"),
         (a.head_dim % 2, f"an even head size expected, found {a.head_dim}"),
         (

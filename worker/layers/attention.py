@@ -45,7 +45,7 @@ class Attention:
         parts = [("q_proj", s.q_rows), ("k_proj", s.kv_rows), ("v_proj", s.kv_rows)]
         self.qkv = loading.pack(w.fused(prefix, parts))
         self.qkv_bias = loading.vector(w.fused_bias(prefix, parts))
-        self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, s.q_rows))
+        self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, s.value_cols))
         self.output_bias = loading.vector(w.bias_once(prefix + "o_proj.bias"))
         self._head_norm: HeadNorm | None = None
         if a.qk_norm:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from flm.kernels.backend import Backend
 from flm.kernels.classic_ops import ClassicOps
+from flm.worker.config import Span
 from flm.worker.errors import BackendUnavailable
 from flm.worker.layers.loading import Loading
 
@@ -18,9 +19,9 @@ Array = Any
 class FeedForward:
     """One layer's dense feed-forward part. The sum over ranks is left to the caller."""
 
-    def __init__(self, loading: Loading, prefix: str) -> None:
-        w, span = loading.weights, loading.shard.intermediate
-        config = loading.shard.model.feed_forward
+    def __init__(self, loading: Loading, prefix: str, span: Span) -> None:
+        """`span`: this rank's columns."""
+        w, config = loading.weights, loading.shard.model.feed_forward
         self._ops: Backend = loading.backend
         self._gated, self._accumulate = config.gated, config.parallel
         if not self._gated and not isinstance(loading.backend, ClassicOps):

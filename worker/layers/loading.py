@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from flm.kernels.backend import Backend, PackedMatrix
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import ShardSpec
@@ -26,10 +28,10 @@ class Workspace:
         self._backend = backend
         self._arrays: dict[tuple[str, tuple[int, ...]], Array] = {}
 
-    def array(self, name: str, *shape: int) -> Array:
-        """float32 [max_tokens, *shape]."""
+    def array(self, name: str, *shape: int, dtype: Any = np.float32) -> Array:
+        """[max_tokens, *shape]."""
         if (name, shape) not in self._arrays:
-            self._arrays[name, shape] = self._backend.empty((self.max_tokens, *shape))
+            self._arrays[name, shape] = self._backend.empty((self.max_tokens, *shape), dtype)
         return self._arrays[name, shape]
 
 

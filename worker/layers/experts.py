@@ -1,0 +1,75 @@
+"""Mixture of experts (DeepSeekMoE, arXiv:2401.06066): this rank's experts, or its columns of all of them.
+
+Every rank routes alike, for all have the same router and the same hidden states; what ranks give is summed like any other
+part of a layer. Shape legend: T tokens of the step, E hidden, N experts of the layer, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from flm.kernels.backend import Backend
+from flm.kernels.expert_ops import ExpertOps
+from flm.kernels.quant import QuantizedMatrix
+from flm.worker.errors import BackendUnavailable
+from flm.worker.layers.feed_forward import FeedForward
+from flm.worker.layers.loading import Loading
+
+Array = Any
+
+
+class Experts:
+    """One layer's experts. The sum over ranks is left to the caller.
+
+    counts_N: int64, how many tokens chose each expert so far, the same on every rank.
+    """
+
+    def __init__(self, loading: Loading, prefix: str) -> None:
+        config, w, shard = loading.shard.model.experts, loading.weights, loading.shard
+        assert config is not None, "a layer without experts"
+        self._backend: Backend = loading.backend
+        self._ops, self._config = expert_ops(loading.backend), config
+        self.router = loading.pack(w.matrix(prefix + "gate.weight"))
+        self.bias = loading.vector(w.vector_or_none(prefix + "gate.correction_bias"))
+        self.experts = self._ops.pack_experts(_matrices(loading, prefix), shard.experts.start)
+        self.shared = FeedForward(loading, prefix + "shared.", shard.shared_width) if config.shared else None
+        self.gate = loading.pack(w.matrix(prefix + "shared_gate.weight")) if config.shared_gate else None
+        self.counts_N = loading.backend.asarray(np.zeros(config.count, np.int64))
+        array, routing = loading.workspace.array, config.routing
+        self._logits_TN, self._gate_T1 = array("router", routing.experts), array("shared_gate", 1)
+        self._ids_TK = array("experts", routing.top_k, dtype=np.int32)
+        self._weights_TK = array("expert_weights", routing.top_k)
+
+    def forward(self, h_TE: Array, delta_TE: Array) -> None:
+        """delta = this rank's part of the experts' answers to h."""
+        T = len(h_TE)
+        if self.shared is not None:
+            self.shared.forward(h_TE, delta_TE)
+        if self.gate is not None:
+            self._backend.linear(h_TE, self.gate, self._gate_T1[:T])
+            self._ops.sigmoid_scale(self._gate_T1[:T], delta_TE)
+        logits_TN, ids_TK, weights_TK = self._logits_TN[:T], self._ids_TK[:T], self._weights_TK[:T]
+        self._backend.linear(h_TE, self.router, logits_TN)
+        self._ops.route(logits_TN, self._config.routing, self.bias, ids_TK, weights_TK, self.counts_N)
+        self._ops.expert_mlp(h_TE, self.experts, ids_TK, weights_TK, delta_TE, self.shared is not None)
+
+
+def expert_ops(backend: Backend) -> ExpertOps:
+    """The backend itself. Raises BackendUnavailable where it cannot run experts."""
+    if not isinstance(backend, ExpertOps):
+        raise BackendUnavailable("this device cannot run mixtures of experts yet; use device: cpu")
+    return backend
+
+
+def _matrices(loading: Loading, prefix: str) -> Iterator[tuple[QuantizedMatrix, QuantizedMatrix]]:
+    """Gate over up, and down, of one of this rank's experts after the other."""
+    w, shard = loading.weights, loading.shard
+    span = shard.expert_width
+    for expert in range(shard.experts.start, shard.experts.stop):
+        part = f"{prefix}experts.{expert}."
+        gate_up = w.fused(part, [("gate_proj", span), ("up_proj", span)])
+        yield gate_up, w.matrix(part + "down_proj.weight", None, span)
+        w.drop_pages()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -13,14 +12,11 @@ from grpc_reflection.v1alpha import reflection
 from flm.cluster.controller import Controller
 from flm.cluster.group import ReplicaGroup
 from flm.cluster.grpc_errors import typed_errors
-from flm.cluster.listen import bind, create_server
+from flm.cluster.listen import PORT_SECONDS, bind_within, create_server
 from flm.cluster.ranks import RankReport
 from flm.cluster.reconcile import Phase
 from flm.proto import flm_pb2, flm_pb2_grpc
-from flm.worker.errors import ConfigError, ModelNotFound
-
-BIND_ATTEMPTS = 40  # the process before this one may not have let go of the port
-BIND_PAUSE = 0.25  # seconds
+from flm.worker.errors import ModelNotFound
 
 _STATES = {
     Phase.READY: flm_pb2.REPLICA_STATE_READY,
@@ -151,14 +147,7 @@ async def serve_admin(controller: Controller, restarts: int, first_start: float)
     """Serve the Admin service, health and reflection until cancelled. ConfigError where the port stays taken."""
     section = controller.config.admin
     server = create_server(section.api_keys)
-    for attempt in range(BIND_ATTEMPTS):
-        try:
-            bind(server, section.listen, field="admin.listen")
-            break
-        except ConfigError:
-            if attempt == BIND_ATTEMPTS - 1:
-                raise
-            await asyncio.sleep(BIND_PAUSE)
+    await bind_within(PORT_SECONDS, server, section.listen, field="admin.listen")
     flm_pb2_grpc.add_AdminServicer_to_server(Admin(controller, restarts, first_start), server)
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)

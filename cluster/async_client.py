@@ -8,22 +8,18 @@ from typing import Any, Self
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
+from flm.cluster.client_calls import Calls
 from flm.cluster.client_request import (
-    Endpoint,
-    Message,
-    Sampling,
-    chat_request,
+    Target,
     detokenize_request,
-    generate_request,
     health_request,
     model_info_request,
     tokenize_request,
 )
 from flm.cluster.grpc_errors import from_rpc_error
-from flm.cluster.listen import CHANNEL_OPTIONS
-from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.proto import flm_pb2
 from flm.worker.errors import NotFound
 
 
@@ -60,43 +56,12 @@ class AsyncStream(AsyncIterator[flm_pb2.GenerateFrame]):
         self.cancel()
 
 
-class AsyncClient:
+class AsyncClient(Calls[AsyncStream]):
     """Belongs to the event loop that made it. `timeout`s are seconds for the whole call, None: no limit.
     `model` may be left out where a gateway serves only one."""
 
     def __init__(self, address: str, *, api_key: str = "", ca_file: str = "") -> None:
-        endpoint = Endpoint(address, api_key, ca_file)
-        credentials = endpoint.credentials()
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS)
-        self._metadata = endpoint.metadata
-        self._stub = flm_pb2_grpc.InferenceStub(self._channel)
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        sampling: Sampling | None = None,
-        *,
-        model: str = "",
-        timeout: float | None = None,
-    ) -> AsyncStream:
-        """Continue a prompt, given as text or as token ids."""
-        request = generate_request(prompt, sampling, model)
-        return AsyncStream(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
-
-    def chat(
-        self,
-        messages: str | Sequence[Message],
-        sampling: Sampling | None = None,
-        *,
-        model: str = "",
-        timeout: float | None = None,
-    ) -> AsyncStream:
-        """Answer a conversation; a string is one message of the user."""
-        request = chat_request(messages, sampling, model)
-        return AsyncStream(self._stub.Chat(request, timeout=timeout, metadata=self._metadata))
+        super().__init__(grpc.aio, AsyncStream, Target(address, api_key, ca_file))
 
     async def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None
@@ -126,9 +91,8 @@ class AsyncClient:
 
     async def ready(self, model: str = "", *, timeout: float | None = 5.0) -> bool:
         """Whether a replica of the model is ready; without a model, whether the gateway lives at all."""
-        stub = health_pb2_grpc.HealthStub(self._channel)
         try:
-            answer = await self._call(stub.Check, health_request(model), timeout)
+            answer = await self._call(self._health.Check, health_request(model), timeout)
         except NotFound:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

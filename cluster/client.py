@@ -17,23 +17,21 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from flm.cluster.async_client import AsyncClient, AsyncStream
+from flm.cluster.client_calls import Calls
 from flm.cluster.client_request import (
-    Endpoint,
     Message,
     Sampling,
-    chat_request,
+    Target,
     detokenize_request,
-    generate_request,
     health_request,
     model_info_request,
     tokenize_request,
 )
 from flm.cluster.grpc_errors import from_rpc_error
-from flm.cluster.listen import CHANNEL_OPTIONS
-from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.proto import flm_pb2
 from flm.worker.errors import NotFound
 
 __all__ = ["AsyncClient", "AsyncStream", "Client", "Message", "Sampling", "Stream"]
@@ -68,43 +66,12 @@ class Stream(Iterator[flm_pb2.GenerateFrame]):
         self.cancel()
 
 
-class Client:
+class Client(Calls[Stream]):
     """Blocking calls; safe to share between threads. `timeout`s are seconds for the whole call, None: no limit.
     `model` may be left out where a gateway serves only one."""
 
     def __init__(self, address: str, *, api_key: str = "", ca_file: str = "") -> None:
-        endpoint = Endpoint(address, api_key, ca_file)
-        credentials = endpoint.credentials()
-        if credentials is None:
-            self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
-        self._metadata = endpoint.metadata
-        self._stub = flm_pb2_grpc.InferenceStub(self._channel)
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        sampling: Sampling | None = None,
-        *,
-        model: str = "",
-        timeout: float | None = None,
-    ) -> Stream:
-        """Continue a prompt, given as text or as token ids."""
-        request = generate_request(prompt, sampling, model)
-        return Stream(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
-
-    def chat(
-        self,
-        messages: str | Sequence[Message],
-        sampling: Sampling | None = None,
-        *,
-        model: str = "",
-        timeout: float | None = None,
-    ) -> Stream:
-        """Answer a conversation; a string is one message of the user."""
-        request = chat_request(messages, sampling, model)
-        return Stream(self._stub.Chat(request, timeout=timeout, metadata=self._metadata))
+        super().__init__(grpc, Stream, Target(address, api_key, ca_file))
 
     def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None
@@ -134,9 +101,8 @@ class Client:
 
     def ready(self, model: str = "", *, timeout: float | None = 5.0) -> bool:
         """Whether a replica of the model is ready; without a model, whether the gateway lives at all."""
-        stub = health_pb2_grpc.HealthStub(self._channel)
         try:
-            answer = self._call(stub.Check, health_request(model), timeout)
+            answer = self._call(self._health.Check, health_request(model), timeout)
         except NotFound:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

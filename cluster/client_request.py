@@ -27,7 +27,7 @@ def _field(name: str, expected: str = "") -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class Target:
     """A gateway. `api_key`: where it asks for one. `ca_file`: PEM of the authority to trust; makes the connection
     TLS."""
 

@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from flm.cluster.inference import Inference
-from flm.cluster.listen import Tls, bind, create_server
+from flm.cluster.listen import Tls, bind_within, create_server
 from flm.cluster.router import ReplicaRoute
 from flm.cluster.served_model import LoadedModel, ServedModel
 from flm.proto import flm_pb2, flm_pb2_grpc
@@ -69,11 +69,12 @@ class Gateway:
         self._server: grpc.aio.Server | None = None
         self._publishing: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> str:
-        """Bind, load tokenizers and serve; the bound host:port. ConfigError where the address cannot be
-        bound, CheckpointError where a tokenizer cannot be read: nothing is left running then."""
+    async def start(self, patience: float = 0.0) -> str:
+        """Bind (for `patience` seconds, while the port is taken), load tokenizers and serve; the bound host:port.
+        ConfigError where the address cannot be bound, CheckpointError where a tokenizer cannot be read: nothing is
+        left running then."""
         server = create_server(self._api_keys)
-        address = bind(server, self._listen, self._tls)
+        address = await bind_within(patience, server, self._listen, self._tls)
         try:
             for spec in self._specs:
                 await self._add(spec)

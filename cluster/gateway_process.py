@@ -9,14 +9,12 @@ from collections.abc import Sequence
 
 from flm.cluster.config import parse_config
 from flm.cluster.gateway import Gateway, ServedModel, Tls
+from flm.cluster.listen import PORT_SECONDS
 from flm.cluster.router import ReplicaRoute
 from flm.cluster.state import Desired
-from flm.worker.errors import ConfigError, FlmError
+from flm.worker.errors import FlmError
 
 log = logging.getLogger(__name__)
-
-BIND_ATTEMPTS = 40  # of BIND_PAUSE seconds: the process before this one may not have let go of the port
-BIND_PAUSE = 0.25
 
 
 class GatewayProcess:
@@ -55,21 +53,15 @@ class GatewayProcess:
     async def _bound(self) -> Gateway:
         section = self._section.tls
         tls = Tls(section.cert_file, section.key_file) if section is not None else None
-        for _ in range(BIND_ATTEMPTS):
-            gateway = Gateway(
-                self._models,
-                self._section.listen,
-                replica_key=self._replica_key,
-                api_keys=self._section.api_keys,
-                tls=tls,
-            )
-            try:
-                await gateway.start()
-                return gateway
-            except ConfigError as error:
-                refused = error
-                await asyncio.sleep(BIND_PAUSE)
-        raise refused
+        gateway = Gateway(
+            self._models,
+            self._section.listen,
+            replica_key=self._replica_key,
+            api_keys=self._section.api_keys,
+            tls=tls,
+        )
+        await gateway.start(PORT_SECONDS)
+        return gateway
 
     async def status(self) -> tuple[str, str]:
         """(incarnation, why it cannot serve)."""

@@ -46,7 +46,7 @@ KNOWN_GPUS = {
 
 
 @dataclass(frozen=True)
-class Node:
+class Machine:
     """One machine. `memory` is what ranks on its CPUs may use; bandwidth 0 means unknown."""
 
     name: str
@@ -61,7 +61,7 @@ class Node:
 class Hardware:
     """The machines of a cluster; `measured` where this one was looked at rather than named."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[Machine, ...]
     measured: bool = False
 
 
@@ -102,14 +102,14 @@ class NodeSpec(BaseModel):
             raise ValueError("gpus without gpu: expected the kind of GPU, such as gpu: h100")
         return self
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[Machine]:
         """The machines this entry stands for; numbered where there are several."""
         gpu = KNOWN_GPUS[self.gpu.lower()] if isinstance(self.gpu, str) else None
         if isinstance(self.gpu, GpuSpec):
             gpu = Gpu(self.gpu.kind, self.gpu.memory, float(self.gpu.bandwidth))
         names = [self.name] if self.count == 1 else [f"{self.name}-{i}" for i in range(self.count)]
         rate = float(self.memory_bandwidth)
-        return [Node(name, self.cpus, self.memory, rate, self.gpus, gpu) for name in names]
+        return [Machine(name, self.cpus, self.memory, rate, self.gpus, gpu) for name in names]
 
 
 def named_hardware(specs: list[NodeSpec]) -> Hardware:
@@ -122,7 +122,7 @@ def measure_hardware() -> Hardware:
     No GPUs are looked for: this release computes on CPUs.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    node = Node("localhost", cpus, psutil.virtual_memory().available, _copy_bandwidth(min(cpus, 16)))
+    node = Machine("localhost", cpus, psutil.virtual_memory().available, _copy_bandwidth(min(cpus, 16)))
     return Hardware((node,), measured=True)
 
 

@@ -8,7 +8,7 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from flm.cluster.hardware import Hardware, Node
+from flm.cluster.hardware import Hardware, Machine
 from flm.worker.errors import Unavailable
 
 ANSWER_SECONDS = 3.0  # Ray's own attempts to connect go on for two minutes
@@ -38,7 +38,7 @@ def join_ray(address: str) -> JoinedRay:
             f"this machine is no node of the Ray cluster at {address}; expected `ray start --address={address}` first"
         )
     # Ranks compute on CPUs: GPUs that Ray knows of are not counted.
-    nodes = [Node(node.name, node.cpus, node.memory) for node in actors.nodes_at(address)]
+    nodes = [Machine(node.name, node.cpus, node.memory) for node in actors.nodes_at(address)]
     return JoinedRay(address, Hardware(tuple(nodes), measured=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flm.cluster.demand import GPU_SHARE, RankSize
-from flm.cluster.hardware import Node
+from flm.cluster.hardware import Machine
 from flm.cluster.units import format_bytes
 
 
@@ -11,7 +11,7 @@ class NodeLedger:
     """What one node has promised so far. Ranks on CPUs may share cores between replicas, but a replica wants as many
     cores as it has ranks; a GPU belongs to one rank."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Machine) -> None:
         self.node, self.memory_used, self.gpus_used = node, 0, 0
         self._tight: list[str] = []
 
@@ -48,7 +48,7 @@ class NodeLedger:
         return found
 
 
-def place(
+def place_replica(
     model: str, replica: int, device: str, sizes: list[RankSize], ledgers: list[NodeLedger]
 ) -> tuple[list[NodeLedger], str]:
     """A node for each rank: one node for all of them where possible, for GPUs else as few as possible. Books them,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from flm.cluster.grpc_errors import abort
 from flm.worker.errors import ConfigError, Unauthenticated
 
 MAX_MESSAGE = 16 << 20  # bytes
+PORT_SECONDS, PORT_PAUSE = 10.0, 0.25  # for the process before this one to let go of its port
 _HEALTH = "/grpc.health.v1.Health/"  # probes carry no key
 
 SERVER_OPTIONS = (
@@ -104,3 +106,21 @@ def bind(server: grpc.aio.Server, listen: str, tls: Tls | None = None, field: st
             field=field,
         )
     return f"{host}:{bound}"
+
+
+async def bind_within(
+    seconds: float,
+    server: grpc.aio.Server,
+    listen: str,
+    tls: Tls | None = None,
+    field: str = "gateway.listen",
+) -> str:
+    """bind(), tried for some seconds: a process that was started again may find its last life at the port."""
+    until = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            return bind(server, listen, tls, field)
+        except ConfigError:
+            if asyncio.get_running_loop().time() > until:
+                raise
+            await asyncio.sleep(PORT_PAUSE)

@@ -16,7 +16,7 @@ from rich.table import Table
 from flm.cluster.config import ClusterConfig, ModelSection
 from flm.cluster.demand import Demand, RankSize, check_cut, context, rank_sizes
 from flm.cluster.hardware import Hardware, measure_hardware, named_hardware
-from flm.cluster.ledger import NodeLedger, place
+from flm.cluster.ledger import NodeLedger, place_replica
 from flm.cluster.shapes import Shapes, read_shapes
 from flm.cluster.units import format_bytes
 from flm.worker.errors import DoesNotFit
@@ -162,7 +162,7 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
     problems: list[str] = []
     speed: float | None = None
     for replica in range(demand.replicas):
-        places, problem = place(demand.name, replica, demand.device, sizes, ledgers)
+        places, problem = place_replica(demand.name, replica, demand.device, sizes, ledgers)
         problems += [problem] if problem else []
         speed = _roofline(demand.device, places, sizes) if replica == 0 else speed
         for rank, size in enumerate(sizes):

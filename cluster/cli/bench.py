@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from flm.cluster.client import AsyncStream, Sampling
-    from flm.cluster.client_request import Endpoint
+    from flm.cluster.client_request import Target
     from flm.cluster.latency import Report, Sample
 
 
@@ -40,13 +40,13 @@ def bench(
 
     from flm.cluster.client import Sampling
 
-    endpoint = options.gateway_endpoint(cluster, address, api_key, ca_file)
-    with options.gateway_client(endpoint) as client:
+    target = options.gateway_target(cluster, address, api_key, ca_file)
+    with options.gateway_client(target) as client:
         vocab = client.model_info(model).vocab_size
     drawn = random.Random(0)
     prompts = [[drawn.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(requests + 1)]
     sampling = Sampling(max_tokens, temperature=0, ignore_eos=True)
-    report, errors = asyncio.run(_load(endpoint, model, prompts, sampling, concurrency))
+    report, errors = asyncio.run(_load(target, model, prompts, sampling, concurrency))
     if as_json:
         print(json.dumps(_without_nan(asdict(report)) | {"errors": errors}))
     else:
@@ -58,7 +58,7 @@ def bench(
 
 
 async def _load(
-    endpoint: Endpoint, model: str, prompts: list[list[int]], sampling: Sampling, concurrency: int
+    target: Target, model: str, prompts: list[list[int]], sampling: Sampling, concurrency: int
 ) -> tuple[Report, dict[str, int]]:
     """Send all prompts with that many streams at once; the first one alone before, and not counted."""
     from flm.cluster.client import AsyncClient
@@ -68,7 +68,7 @@ async def _load(
     errors: dict[str, int] = {}
     samples: list[Sample] = []
     queue = iter(prompts)
-    async with AsyncClient(endpoint.address, api_key=endpoint.api_key, ca_file=endpoint.ca_file) as client:
+    async with AsyncClient(target.address, api_key=target.api_key, ca_file=target.ca_file) as client:
         await _one(client.generate(next(queue), sampling, model=model))
 
         async def worker() -> None:

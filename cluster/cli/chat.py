@@ -41,9 +41,9 @@ def chat(
 
     if as_json and not message:
         raise typer.BadParameter("--json needs a MESSAGE")
-    endpoint = options.gateway_endpoint(cluster, address, api_key, ca_file)
+    target = options.gateway_target(cluster, address, api_key, ca_file)
     sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
-    with options.gateway_client(endpoint) as client:
+    with options.gateway_client(target) as client:
         talk = Conversation(partial(client.chat, sampling=sampling, model=model), system)
         if not message:
             _converse(talk, stats)

@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from flm.cluster.client import Client
-    from flm.cluster.client_request import Endpoint
+    from flm.cluster.client_request import Target
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="The served model; may be left out where there is only one.")
@@ -25,21 +25,21 @@ Stats = Annotated[bool, typer.Option("--stats", help="Then print token counts an
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
-def gateway_endpoint(cluster: str, address: str, api_key: str, ca_file: str) -> Endpoint:
+def gateway_target(cluster: str, address: str, api_key: str, ca_file: str) -> Target:
     """The gateway at an address, or that of a cluster running here. NotFound, InvalidRequest where there is none."""
-    from flm.cluster.client_request import Endpoint
+    from flm.cluster.client_request import Target
     from flm.cluster.state import find_endpoint
 
     if address:
-        return Endpoint(address, api_key, ca_file)
+        return Target(address, api_key, ca_file)
     found = find_endpoint(cluster)
-    return Endpoint(found.gateway, api_key or found.gateway_key, ca_file or found.ca_file)
+    return Target(found.gateway, api_key or found.gateway_key, ca_file or found.ca_file)
 
 
-def gateway_client(endpoint: Endpoint) -> Client:
+def gateway_client(target: Target) -> Client:
     from flm.cluster.client import Client
 
-    return Client(endpoint.address, api_key=endpoint.api_key, ca_file=endpoint.ca_file)
+    return Client(target.address, api_key=target.api_key, ca_file=target.ca_file)
 
 
 def text_argument(text: str) -> str:

@@ -31,10 +31,10 @@ def generate(
     from flm.cluster.cli.answer import no_show, read_answer, show_text
     from flm.cluster.client import Sampling
 
-    endpoint = options.gateway_endpoint(cluster, address, api_key, ca_file)
+    target = options.gateway_target(cluster, address, api_key, ca_file)
     sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed, stop=stop or [])
     with (
-        options.gateway_client(endpoint) as client,
+        options.gateway_client(target) as client,
         client.generate(options.text_argument(prompt), sampling, model=model) as stream,
     ):
         answer = read_answer(stream, no_show if as_json else show_text)

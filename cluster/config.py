@@ -16,9 +16,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import WithJsonSchema as JsonSchema
 
 from flm.cluster.hardware import NodeSpec
+from flm.cluster.prompt_fields import PromptFields
 from flm.cluster.quantization import Quantization
 from flm.cluster.units import Bytes
-from flm.cluster.yaml_source import ConfigErrors, YamlPath, YamlSource, from_validation, parse_yaml
+from flm.cluster.yaml_source import (
+    ConfigErrors,
+    YamlPath,
+    YamlSource,
+    from_validation,
+    known_keys,
+    parse_yaml,
+)
 from flm.worker.errors import ConfigError
 
 MAX_REPLICAS = 1024  # of one model: a guard against slips of the finger
@@ -146,7 +154,7 @@ _REPLICAS_SCHEMA = {
 }
 
 
-class ModelSection(Section):
+class ModelSection(Section, PromptFields):
     """One served model. Zeros of max_context and threads mean: the checkpoint's own; an equal share of the cores."""
 
     name: Name
@@ -216,7 +224,7 @@ def parse_config(text: str, file: str) -> ClusterConfig:
     try:
         config = ClusterConfig.model_validate(source.data)
     except ValidationError as error:
-        errors += from_validation(source, error, _keys(ClusterConfig, ()))
+        errors += from_validation(source, error, known_keys(ClusterConfig))
     errors += _cross_checks(source)
     if errors:
         raise ConfigErrors(sorted(errors, key=lambda e: e.line)) if len(errors) > 1 else errors[0]
@@ -280,16 +288,6 @@ def _cross_checks(source: YamlSource) -> list[ConfigError]:
         elif isinstance(name, str):
             names[name] = index
     return errors
-
-
-def _keys(kind: type[BaseModel], path: tuple[str, ...]) -> dict[tuple[str | int, ...], list[str]]:
-    """The known keys of every section, by its path without list indices."""
-    known: dict[tuple[str | int, ...], list[str]] = {path: list(kind.model_fields)}
-    for name, info in kind.model_fields.items():
-        for inner in (info.annotation, *getattr(info.annotation, "__args__", ())):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                known |= _keys(inner, (*path, name))
-    return known
 
 
 def json_schema() -> dict[str, Any]:

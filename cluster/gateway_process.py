@@ -30,6 +30,7 @@ class GatewayProcess:
                 desired.facts[m.name].architecture,
                 desired.facts[m.name].precision,
                 m.tensor_parallel,
+                m.prompt,
             )
             for m in config.models
         ]

@@ -47,7 +47,7 @@ class Inference(flm_pb2_grpc.InferenceServicer):
             prompt_ids = list(request.prompt_ids.ids)
             check_ids(prompt_ids, model.tokenizer.vocab_size, "prompt_ids.ids")
             prompt = model.tokenizer.decode(prompt_ids) if request.sampling.echo else ""
-        await self._complete(model, prompt, prompt_ids, request.sampling, context)
+        await self._complete(model, prompt, prompt_ids, request.sampling, context, chat=False)
 
     @typed_errors
     async def Chat(self, request: flm_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
@@ -56,7 +56,7 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         prompt = render_chat(model.template, model.tokenizer, messages)
         _check_length(model, prompt.text)
         prompt_ids = await _off_loop(prompt.text, prompt.encode)
-        await self._complete(model, prompt.text, prompt_ids, request.sampling, context)
+        await self._complete(model, prompt.text, prompt_ids, request.sampling, context, chat=True)
 
     async def _complete(
         self,
@@ -65,8 +65,10 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         prompt_ids: list[int],
         sampling: flm_pb2.SamplingOptions,
         context: grpc.aio.ServicerContext,
+        *,
+        chat: bool,
     ) -> None:
-        options = admit(sampling, len(prompt_ids), model.spec.max_context)
+        options = model.with_ends(admit(sampling, len(prompt_ids), model.spec.max_context), chat=chat)
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
         echo = prompt if options.echo else ""

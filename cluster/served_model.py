@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
+from flm.cluster.admission import Options
+from flm.cluster.prompt_choice import BY_CHECKPOINT, PromptChoice, choose_template
 from flm.cluster.replicas import Replicas
-from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2
 from flm.worker.checkpoint import open_checkpoint
+from flm.worker.config import ModelConfig
 from flm.worker.errors import CheckpointError
 from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.files import checked
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class ServedModel:
     architecture: str = ""
     quantization: str = "auto"
     tensor_parallel: int = 1
+    prompt: PromptChoice = BY_CHECKPOINT
 
 
 class LoadedModel:
@@ -33,13 +38,18 @@ class LoadedModel:
     def __init__(
         self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None], replica_key: str
     ) -> None:
-        self.spec, self.tokenizer = spec, tokenizer
-        self.template = ChatTemplate(
-            tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
-        )
+        path, config = _checkpoint(spec.path)
+        self.spec = spec
+        self.tokenizer = tokenizer if config is None else checked(tokenizer, config.vocab, spec.path)
+        self.template = choose_template(spec.prompt, tokenizer, path)
         self.replicas = Replicas(spec.name, on_change, replica_key)
         self.wanted = 0
-        self._eos_token_ids = _eos_token_ids(spec.path, tokenizer)
+        own = (
+            config.eos_token_ids if config is not None else ()
+        )  # those at which a worker ends a text by itself
+        ends = own or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+        self._eos_token_ids = tuple(sorted({*ends, *self.template.stop_ids}))
+        self._more_ends = tuple(i for i in self._eos_token_ids if i not in own)
         self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(self._token_text)
 
     def _token_text(self, token_id: int) -> str:
@@ -48,6 +58,17 @@ class LoadedModel:
         if pieces is None:
             return self.tokenizer.decode([token_id], False)
         return pieces[token_id].decode("utf-8", "replace")
+
+    def with_ends(self, options: Options, *, chat: bool) -> Options:
+        """The options with what ends an answer besides the ids that workers know; none for ignore_eos."""
+        params = options.params
+        if params.ignore_eos:
+            return options
+        ids = tuple(dict.fromkeys((*params.stop_token_ids, *self._more_ends)))
+        strings = (*options.stops, *self.template.stop_strings) if chat else options.stops
+        return replace(
+            options, params=replace(params, stop_token_ids=ids), stops=tuple(dict.fromkeys(strings))
+        )
 
     @property
     def ready(self) -> int:
@@ -64,13 +85,15 @@ class LoadedModel:
             ready_replicas=self.ready,
             wanted_replicas=self.wanted,
             eos_token_ids=self._eos_token_ids,
-            has_chat_template=self.tokenizer.chat_template is not None,
+            has_chat_template=not self.template.problem,
         )
 
 
-def _eos_token_ids(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Those at which a worker ends a text: the checkpoint's, which may be more than the tokenizer's one."""
+def _checkpoint(name: str) -> tuple[Path | None, ModelConfig | None]:
+    """Where it is and what it says; where something is wrong with it, its replicas say so when they load."""
+    path = None
     try:
-        return open_checkpoint(resolve_model_path(path)).config.eos_token_ids
-    except CheckpointError:  # its replicas say what is wrong with it, when they load
-        return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        path = resolve_model_path(name)
+        return path, open_checkpoint(path).config
+    except CheckpointError:
+        return path, None

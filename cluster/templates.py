@@ -1,25 +1,24 @@
 """Chat templates: the Jinja programs that checkpoints bring along, run where they can do no harm.
 
+Programs of our own for checkpoints without any are in prompt_formats.
+
 They see the messages and a few functions that the field agreed on, nothing else; the text they may make and the
 time they may take are bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jinja2
 
 from flm.cluster.template_sandbox import MAX_CHARACTERS, BoundedEnvironment, Exceeded, Refused
 from flm.worker.errors import InvalidRequest
 
-# For checkpoints that bring no template: ChatML, as OpenAI published it.
-CHATML = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+# What stands in a rendered text for a token id (fastllm's notation), and for a place where the tokenizer begins anew.
+FIX_TOKEN = re.compile(r"<FLM_FIX_TOKEN_(\d{1,9})>")
+SEPARATE = "<FLM_SEPARATE>"
 _FAILURES = (  # of programs, whoever wrote them; RecursionError is a RuntimeError
     jinja2.TemplateError,
     ArithmeticError,
@@ -34,17 +33,49 @@ _FAILURES = (  # of programs, whoever wrote them; RecursionError is a RuntimeErr
 
 
 class ChatTemplate:
-    """One model's template. `source` None: ChatML. Not for use from several threads at once."""
+    """One model's template. Not for use from several threads at once.
 
-    def __init__(self, source: str | None, bos_token: str = "", eos_token: str = "") -> None:
+    texts: variables of the program. token_id: how it finds ids by token(). stop_ids and stop_strings end its answers.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        bos_token: str = "",
+        eos_token: str = "",
+        *,
+        texts: Mapping[str, object] | None = None,
+        token_id: Callable[[str], int | None] = lambda token: None,
+        stop_ids: tuple[int, ...] = (),
+        stop_strings: tuple[str, ...] = (),
+    ) -> None:
+        self.stop_ids, self.stop_strings = stop_ids, stop_strings
         self._environment = BoundedEnvironment()
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._variables = {
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            "separate": SEPARATE,
+            **(texts or {}),
+        }
+        self._variables["token"] = lambda token: _mark(token, token_id(token))
         self._problem = ""
         try:
-            self._template = self._environment.from_string(CHATML if source is None else source)
+            self._template = self._environment.from_string(source)
         except _FAILURES as error:
             # The model can still serve Generate; Chat says why it cannot.
             self._problem = f"this model's chat template is broken: {_why(error)}"
+
+    @classmethod
+    def unusable(cls, problem: str) -> ChatTemplate:
+        """In place of a template: what there is to say when one is asked for."""
+        template = cls("")
+        template._problem = problem
+        return template
+
+    @property
+    def problem(self) -> str:
+        """Why no conversation can be rendered, or ""."""
+        return self._problem
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The prompt that asks for the next assistant message. `messages`: role and content each. InvalidRequest
@@ -56,7 +87,7 @@ class ChatTemplate:
         size = 0
         try:
             for piece in self._template.generate(
-                messages=list(messages), add_generation_prompt=True, **self._tokens
+                messages=list(messages), add_generation_prompt=True, **self._variables
             ):
                 size += len(piece)
                 if size > MAX_CHARACTERS:
@@ -70,6 +101,12 @@ class ChatTemplate:
         except _FAILURES as error:
             raise InvalidRequest("messages", f"the chat template failed on them: {_why(error)}") from None
         return "".join(pieces)
+
+
+def _mark(token: str, token_id: int | None) -> str:
+    if token_id is None:
+        raise Refused(f"its tokenizer has no token {token!r}")
+    return f"<FLM_FIX_TOKEN_{token_id}>"
 
 
 def _why(error: BaseException) -> str:

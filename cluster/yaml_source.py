@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from flm.worker.errors import ConfigError
 
@@ -153,3 +153,14 @@ def _one(source: YamlSource, detail: dict[str, Any], keys: Mapping[YamlPath, lis
     if message.startswith("Input should be "):
         message = "expected " + message.removeprefix("Input should be ")
     return source.error(path, f"{message}, got {detail['input']!r:.60}")
+
+
+def known_keys(kind: type[BaseModel], path: tuple[str, ...] = ()) -> dict[tuple[str | int, ...], list[str]]:
+    """The known keys of every section, by its path without list indices."""
+    own_first = sorted(kind.model_fields, key=lambda name: name not in kind.__annotations__)
+    known: dict[tuple[str | int, ...], list[str]] = {path: own_first}
+    for name, info in kind.model_fields.items():
+        for inner in (info.annotation, *getattr(info.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                known |= known_keys(inner, (*path, name))
+    return known

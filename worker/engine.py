@@ -119,11 +119,11 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's own tokenizer, loaded when first needed."""
         if self._tokenizer is None:
-            from flm.worker.vocabularies.files import (
-                load_tokenizer,  # generation by token ids needs no `tokenizers`
-            )
+            # generation by token ids needs no `tokenizers`
+            from flm.worker.vocabularies.files import checked, load_tokenizer
 
-            self._tokenizer = load_tokenizer(resolve_model_path(self.spec.path))
+            tokenizer = load_tokenizer(resolve_model_path(self.spec.path))
+            self._tokenizer = checked(tokenizer, self.config.vocab, self.spec.path)
         return self._tokenizer
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:

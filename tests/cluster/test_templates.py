@@ -5,6 +5,7 @@ import tracemalloc
 import pytest
 
 from flm.cluster import template_sandbox
+from flm.cluster.prompt_formats import CHATML
 from flm.cluster.templates import ChatTemplate
 from flm.worker.errors import InvalidRequest
 
@@ -18,8 +19,8 @@ def refusal(source: str, messages: list[dict[str, str]] = HELLO) -> str:
     return caught.value.message
 
 
-def test_chatml_where_there_is_no_template() -> None:
-    text = ChatTemplate(None).render([{"role": "system", "content": "be brief"}, *HELLO])
+def test_chatml() -> None:
+    text = ChatTemplate(CHATML).render([{"role": "system", "content": "be brief"}, *HELLO])
     assert text == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     )

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from flm.cluster.gateway import Gateway, ReplicaRoute
+from flm.cluster.prompt_formats import CHATML
 from flm.cluster.replica_service import ReplicaServer
 from flm.cluster.router import ReplicaView
 from flm.worker.errors import InvalidRequest, Overloaded, Unavailable
@@ -36,7 +37,7 @@ def byte_tokenizer() -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens([AddedToken("<eos>", special=True)])
-    return Tokenizer(LibraryVocabulary(inner), eos_token="<eos>")
+    return Tokenizer(LibraryVocabulary(inner), eos_token="<eos>", chat_template=CHATML)
 
 
 def expected_tokens(prompt_ids: Sequence[int], seed: int, temperature: float = 1.0) -> list[int]:

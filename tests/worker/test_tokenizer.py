@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from flm.worker.errors import CheckpointError, InvalidRequest
 from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
-from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.files import checked, load_tokenizer
 from flm.worker.vocabularies.library import LibraryVocabulary
 
 
@@ -187,3 +187,19 @@ def test_a_decoder_that_is_not_plain_bytes_is_streamed_through_windows() -> None
     assert tokenizer.pieces is None
     ids = tokenizer.encode("unbelievable story, story")
     assert streamed(tokenizer, ids) == ["un", "believ", "able", " story", ",", " story", ""]
+
+
+def test_tokens_without_a_row_in_the_embedding(tmp_path: Path) -> None:
+    vocab = {"▁": 0, "a": 1, "b": 2, "▁<PRE>": 3, "▁<EOT><EOT>": 4}
+    inner = RustTokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.add_special_tokens(["[PAD]"])
+    tokenizer = Tokenizer(LibraryVocabulary(inner))
+    assert checked(tokenizer, 6, "m").encode("[PAD]") == [5]
+    spare = checked(tokenizer, 3, "m")  # Code Llama's marks and padding: its 34B has no rows for them either
+    assert (spare.vocab_size, spare.encode("ab")) == (3, [1, 2])
+    with pytest.raises(InvalidRequest, match=r"prompt: the model has no row for the token '\[PAD\]'"):
+        spare.encode("a[PAD]")
+    with pytest.raises(
+        CheckpointError, match=r"m: its tokenizer has 6 tokens and its embedding 2 rows; .* is 'b'"
+    ):
+        checked(tokenizer, 2, "m")

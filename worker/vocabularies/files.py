@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from flm.worker.errors import CheckpointError, FlmError
@@ -37,6 +38,24 @@ def _load(path: Path) -> Tokenizer:
         eos_token=config.token("eos_token") or ends[1],
         chat_template=config.chat_template,
     )
+
+
+def checked(tokenizer: Tokenizer, rows: int, file: str) -> Tokenizer:
+    """The tokenizer of a model whose embedding has `rows` rows. CheckpointError where it has ids beyond them, but
+    for those of marks that some models lack though their tokenizer has them: texts that spell these are refused."""
+    beyond = [tokenizer.token(i) for i in range(rows, tokenizer.vocab_size)]
+    wrong = [token for token in beyond if token is not None and not _SPARE.fullmatch(token)]
+    if wrong:
+        raise CheckpointError(
+            file,
+            f"its tokenizer has {tokenizer.vocab_size} tokens and its embedding {rows} rows; expected a row for every "
+            f"token, the first without is {wrong[0]!r}",
+        )
+    return replace(tokenizer, rows=rows)
+
+
+# Code Llama's marks for infilling, which its 34B lacks; padding, which trainers add and generation has no use for
+_SPARE = re.compile(r"▁<(SU|SUF|PRE|M|MID|E|EOT)>?(<EOT>)*|\[PAD\]|<pad>", re.IGNORECASE)
 
 
 def _read(path: Path, config: TokenizerConfig) -> tuple[Vocabulary, list[str | None]]:

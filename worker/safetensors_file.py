@@ -154,9 +154,9 @@ def _open_sharded(directory: Path, index: Path) -> dict[str, SafetensorsFile]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = sorted((str(name), weight_map[name]) for name in weight_map)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
         raise CheckpointError(
-            str(index), f"expected a JSON object with weight_map (tensor to file): {error!r}"
+            str(index), f"expected a JSON object with weight_map (tensor to file): {error!r:.200}"
         ) from error
     files: dict[str, SafetensorsFile] = {}
     tensors: dict[str, SafetensorsFile] = {}

@@ -199,6 +199,14 @@ BROKEN_INDEX: dict[str, tuple[Callable[[Path], Any], str]] = {
     "tensor not there": (edited(lambda m: m.update({"x": "a.safetensors"})), "does not hold it"),
     "file not text": (edited(lambda m: m.update({"x": 1})), "name of a file beside it, found 1"),
     "bad json": (lambda d: (d / INDEX_NAME).write_text("{"), "weight_map"),
+    "deep json": (lambda d: (d / INDEX_NAME).write_text("[" * 100_000), "weight_map"),
+    "no text": (lambda d: (d / INDEX_NAME).write_bytes(b"\xff\xfe"), "weight_map"),
+    "a list for a map": (lambda d: (d / INDEX_NAME).write_text('{"weight_map": [1]}'), "weight_map"),
+    "no name": (edited(lambda m: m.update({"x": ""})), "names ''"),
+    "a name that no file can have": (
+        edited(lambda m: m.update({"x": "a\0b"})),
+        "which is not in the directory",
+    ),
     "no weight_map": (lambda d: (d / INDEX_NAME).write_text("{}"), "weight_map"),
 }
 

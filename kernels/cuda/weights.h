@@ -105,6 +105,15 @@ struct Fragment<__nv_bfloat16, kFloat8> {
   }
 };
 
+// Two floats as a pair of T.
+template <class T>
+__device__ __forceinline__ uint32_t pair(float low, float high) {
+  return bits_of(__floats2half2_rn(low, high));
+}
+template <>
+__device__ __forceinline__ uint32_t pair<__nv_bfloat16>(float low, float high) {
+  return bits_of(__floats2bfloat162_rn(low, high));
+}
 // Two ones in T.
 template <class T>
 constexpr uint32_t kOnes = 0x3c003c00u;

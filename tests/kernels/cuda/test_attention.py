@@ -1,0 +1,136 @@
+"""Paged attention of the CUDA source, emulated, against float64: decode, prefill and mixtures give the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulator import EmulatedDevice, guarded
+from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, rounding, sweep
+
+from flm.kernels.cuda import attention as ops
+from flm.kernels.cuda.rope import kv_cache
+from flm.kernels.errors import DTypeError, ShapeError
+from flm.kernels.reference import ReferenceBackend, ReferenceCache
+
+PAIRS = [(a, kv) for a in ACTIVATIONS for kv in (a, "int8")]
+SHAPES = [(9, 3, 64), (4, 4, 80), (8, 1, 128), (34, 2, 16), (3, 1, 24)]  # H, J, D
+SIZE, BLOCKS = 16, 16
+# sequences and positions of a step's tokens: a prefill, two decodes, a padding token, the end of another prefill
+SEQUENCES = [1, 1, 1, 1, 1, 0, 2, -1, 3, 3]
+POSITIONS = [0, 1, 2, 3, 4, 70, 16, 0, 47, 48]
+
+
+@pytest.fixture(scope="module")
+def device():
+    made = [k for a, kv in PAIRS for width in (64, 128) for k in ops.kernels(a, kv, width)]
+    return EmulatedDevice(list(dict.fromkeys(made)))
+
+
+def filled_cache(device, rng, J, D, kv):
+    """A cache and the values that it stands for, [slots, J, D] in float64."""
+    cache, wide = kv_cache(device, BLOCKS, SIZE, J, D, kv), []
+    for codes, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+        if kv == "int8":
+            codes[...] = rng.integers(-127, 128, codes.shape)
+            scales[...] = rng.random(scales.shape) / 64
+        else:
+            codes[...] = rng.standard_normal(codes.shape)
+        values = codes.astype(np.float64) * (1 if scales is None else scales[..., None])
+        wide.append(np.swapaxes(values, 1, 2).reshape(-1, J, D))
+    return cache, ReferenceCache(wide[0], wide[1], SIZE)
+
+
+def step(device, rng, shape, activation, kv, sequences, positions):
+    """Everything that paged_attention takes, and what it must give."""
+    H, J, D = shape
+    cache, wide = filled_cache(device, rng, J, D, kv)
+    tables = np.concatenate(
+        [rng.permutation(BLOCKS).reshape(4, 4), rng.permutation(BLOCKS)[:4, None]], axis=1
+    )
+    tables = guarded(tables.astype(np.int32), 4)
+    q = normal(rng, (len(sequences), H, D), activation)
+    index, at = (guarded(np.array(v, np.int32), 4) for v in (sequences, positions))
+    want = np.empty(q.shape)
+    ReferenceBackend(np.float64).paged_attention(q, wide, tables, index, at, D**-0.5, want)
+    return (q, cache, tables, index, at, D**-0.5), want
+
+
+def short_chunks(device, rows, D, chunk):
+    """A workspace whose chunks are shorter than an engine's, so that small caches have several."""
+    space = ops.attention_space(device, 80, rows, D)
+    chunks = -(-80 // chunk)
+    parts = device.empty((rows, chunks, ops.width(D)), "float32")
+    return replace(
+        space, chunk=chunk, chunks=chunks, parts=parts, facts=device.empty((rows, chunks, 2), "float32")
+    )
+
+
+def check_attention(device, shape, activation, kv, chunk=32):
+    rng = np.random.default_rng(shape[0])
+    args, want = step(device, rng, shape, activation, kv, SEQUENCES, POSITIONS)
+    space = short_chunks(device, len(SEQUENCES) * shape[0], shape[2], chunk)
+    results = []
+    for split in (True, False):
+        out = device.empty(want.shape, activation)
+        ops.paged_attention(device, *args, out, space, split)
+        # weights in 16 bits: the error of a weighted mean of values of about 1
+        assert_close(out, want, 2 * rounding(activation), 4 * rounding(activation))
+        results.append(out)
+    assert np.array_equal(results[0], results[1])
+    return args, space, results[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("activation", "kv"), PAIRS)
+def test_attention(device, shape, activation, kv):
+    device.setting, device.processors = 0, 4
+    check_attention(device, shape, activation, kv)
+
+
+def test_a_token_alone_has_the_bits_it_has_in_a_step(device):
+    device.setting, device.processors = 0, 64
+    (q, cache, tables, index, at, scale), space, together = check_attention(
+        device, SHAPES[0], "bfloat16", "bfloat16"
+    )
+    for t in (1, 4, 5, 9):
+        out = device.empty(q[t : t + 1].shape, "bfloat16")
+        alone = (q[t : t + 1], cache, tables, index[t : t + 1], at[t : t + 1], scale)
+        ops.paged_attention(device, *alone, out, space)
+        assert np.array_equal(out[0], together[t])
+
+
+def test_attention_under_all_schedules(device):
+    device.processors = 8
+    sweep(device, lambda d: check_attention(d, SHAPES[0], "float16", "int8", chunk=16))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("<= position[i >> 1] ?", "< position[i >> 1] ?"),
+        ("acc[j][2 * r + 1] *= keep", "acc[j][2 * r + 1] *= 1.f"),
+        ("  sum[0] = quad_sum(sum[0]);", ""),
+        ("int d = 64 * c + 8 * g, row = 2 * t + (r & 1)", "int d = 64 * c + 8 * g, row = 2 * t + (r & 2)"),
+        ("key / block_size", "key / block_size + key / 64"),
+        ("todo &= ~__ballot_sync(kAll, sequence == now)", "todo = 0"),
+        ("float before = weight_of(most, highest)", "float before = 1.f"),
+    ],
+)
+def test_faults_are_seen(edit):
+    made = ops.kernels("float16", "float16", 64)
+    assert_caught(made, edit, lambda d: check_attention(d, SHAPES[0], "float16", "float16"))
+
+
+def test_wrong_arguments_are_refused(device):
+    rng = np.random.default_rng(0)
+    args, want = step(device, rng, (4, 2, 64), "float16", "float16", [0], [3])
+    out, space = device.empty(want.shape, "float16"), ops.attention_space(device, 100, 3, 64)
+    with pytest.raises(ShapeError, match="a workspace of 4 rows expected, got 3"):
+        ops.paged_attention(device, *args, out, space, True)
+    with pytest.raises(DTypeError, match="out: float16 expected, got bfloat16"):
+        ops.paged_attention(device, *args, device.empty(want.shape, "bfloat16"), space)
+    odd = (device.empty((1, 3, 64), "float16"), *args[1:])
+    with pytest.raises(ShapeError, match="multiple of 2"):
+        ops.paged_attention(device, *odd, device.empty((1, 3, 64), "float16"), space)

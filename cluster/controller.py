@@ -161,7 +161,7 @@ class Controller:
         if replica_id in self._history:
             group.restarts += 1
             self._history.note(group)
-        self._event("replica_starting", group, f"on {node.name}, {spec.threads} threads per rank")
+        self._event("replica_starting", group, f"on {node.name}, threads per rank: {spec.threads}")
 
     def _idle(self, spec: GroupSpec, message: str = "") -> ReplicaGroup:
         """A group of which nothing runs."""

@@ -19,7 +19,13 @@ from flm.cluster.state import ClusterSpec, Desired, Endpoint, ModelFacts, save_e
 from flm.cluster.yaml_source import error_at
 from flm.worker.errors import FlmError, Unavailable
 
-_COMPILE = "import sys; from flm.kernels.cpu.backend import warm; warm(int(sys.argv[1]))"
+# Waits for its word: an interrupt may come before whoever starts it knows that it runs. It ends then by itself.
+_COMPILE = """
+import sys
+if sys.stdin.readline() == "go\\n":
+    from flm.kernels.cpu.backend import warm
+    warm(int(sys.argv[1]))
+"""
 
 
 def facts_of(plan: Plan) -> dict[str, ModelFacts]:
@@ -46,13 +52,13 @@ def compile_kernels() -> None:
     FlmError with what the compiler had to say."""
     child = subprocess.Popen(
         [sys.executable, "-c", _COMPILE, str(usable_cpus())],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,  # a terminal's Ctrl-C is this process' to act on
     )
     try:
-        _, said = child.communicate()
+        _, said = child.communicate(b"go\n")
     finally:
         if child.poll() is None:
             child.kill()

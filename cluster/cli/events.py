@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,10 @@ import typer
 from flm.cluster.cli.options import AdminOption, ClusterOption, KeyOption, admin_client
 
 if TYPE_CHECKING:
+    from flm.cluster.state import Endpoint
     from flm.proto import flm_pb2
+
+RECONNECT = 1.0  # seconds
 
 
 def events(
@@ -34,6 +38,26 @@ def events(
                 print(line, flush=True)
         except KeyboardInterrupt:
             return
+
+
+def follow(
+    endpoint: Endpoint, show: Callable[[str], None], pause: Callable[[float], object] = time.sleep
+) -> None:
+    """Show events for as long as the cluster lives, over all of its controllers; or say why they cannot be shown."""
+    from flm.cluster.admin_client import AdminClient
+    from flm.worker.errors import FlmError, Unavailable
+
+    while True:
+        try:
+            with AdminClient(endpoint.admin, endpoint.admin_key) as client:
+                for event in client.events(replay=False):
+                    show(describe(event))
+        except Unavailable:
+            pass  # the controller is being started again
+        except FlmError as error:
+            show(f"Events are not shown any more: {error}")
+            return
+        pause(RECONNECT)
 
 
 def describe(event: flm_pb2.Event) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flm.cluster.cli.options import running_cluster
+
 if TYPE_CHECKING:
     from flm.cluster.client import Client
     from flm.cluster.client_request import Target
@@ -28,11 +30,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 def gateway_target(cluster: str, address: str, api_key: str, ca_file: str) -> Target:
     """The gateway at an address, or that of a cluster running here. NotFound, InvalidRequest where there is none."""
     from flm.cluster.client_request import Target
-    from flm.cluster.state import find_endpoint
 
     if address:
         return Target(address, api_key, ca_file)
-    found = find_endpoint(cluster)
+    found = running_cluster(cluster)
     return Target(found.gateway, api_key or found.gateway_key, ca_file or found.ca_file)
 
 

@@ -40,22 +40,25 @@ def status(
     )
     console.print(f"admin {found.admin_address}, controller restarts {found.controller_restarts}")
     if not found.gateway_ready:
-        console.print(f"[red]the gateway does not answer[/] {found.gateway_message}")
+        console.print("[red]the gateway does not answer[/]")
+        if found.gateway_message:
+            console.print(found.gateway_message, soft_wrap=True, markup=False)
     console.print(table(found))
     for model in found.models:
         for replica in model.replicas:
             if replica.message:
-                console.print(f"{replica.replica_id}: {replica.message}", soft_wrap=True)
+                console.print(f"{replica.replica_id}: {replica.message}", soft_wrap=True, markup=False)
 
 
 def table(found: flm_pb2.ClusterStatus) -> Table:
     """One row per replica; models without any get one too."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from flm.cluster.units import format_bytes
     from flm.proto import flm_pb2
 
-    made = Table()
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
     for heading in ("model", "replica", "state", "memory", "running", "queued", "KV", "restarts"):
         made.add_column(heading, no_wrap=True)
     for model in found.models:

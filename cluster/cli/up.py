@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flm.cluster.cli.interrupts import Interrupts
-from flm.worker.errors import FlmError
+from flm.worker.errors import FlmError, Unavailable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flm.cluster.checks import Checked
     from flm.cluster.plan import Plan
     from flm.cluster.state import Endpoint
+
+LOOK = 2.0  # seconds between looks at a cluster that serves
 
 
 def up(
@@ -97,12 +99,17 @@ def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: boo
 
 
 def _stay(checked: Checked, endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
-    """Show events until interrupted; then drain and stop. A second interrupt does not wait for the drain."""
+    """Show events until interrupted, then drain and stop. A second interrupt does not wait for the drain."""
+    from flm.cluster.cli.events import follow
     from flm.cluster.ending import drain_cluster, end_cluster
 
-    threading.Thread(target=_show_events, args=(endpoint, console), daemon=True).start()
-    if not interrupts.count:
-        interrupts.wait()
+    def show(line: str) -> None:
+        console.print(line, markup=False, soft_wrap=True)
+
+    threading.Thread(target=follow, args=(endpoint, show), daemon=True).start()
+    if not _until_interrupted(endpoint, interrupts):
+        console.print("Stopped by `flm-cluster down`.")
+        return
     console.print("Draining; Ctrl-C again stops at once.")
     timeout = max(model.drain_timeout for model in checked.config.models)
     failures: list[FlmError] = []
@@ -119,20 +126,22 @@ def _stay(checked: Checked, endpoint: Endpoint, console: Console, interrupts: In
     while draining.is_alive() and interrupts.count == seen:
         draining.join(0.1)
     if draining.is_alive() or failures:
-        console.print(f"Not drained: {failures[0] if failures else 'interrupted'}")
+        console.print(f"Not drained: {failures[0] if failures else 'interrupted'}", markup=False)
     end_cluster(endpoint)
     console.print("Stopped.")
 
 
-def _show_events(endpoint: Endpoint, console: Console) -> None:
-    """For as long as this process lives."""
-    from flm.cluster.admin_client import AdminClient
-    from flm.cluster.cli.events import describe
+def _until_interrupted(endpoint: Endpoint, interrupts: Interrupts) -> bool:
+    """Wait; False where the cluster was ended in order meanwhile, Unavailable where its processes went by themselves."""
+    from flm.cluster.ending import end_cluster, why_gone
+    from flm.cluster.state import load_endpoint
 
-    while True:
-        try:
-            with AdminClient(endpoint.admin, endpoint.admin_key) as client:
-                for event in client.events(replay=False):
-                    console.print(describe(event))
-        except FlmError:
-            time.sleep(1.0)  # the controller is being started again
+    gone = ""
+    while not interrupts.count and not interrupts.wait(LOOK):
+        if load_endpoint(endpoint.name) != endpoint:  # another may have taken its name by now
+            return False
+        if gone:  # since the last look: `down` would have tidied up after it
+            end_cluster(endpoint)
+            raise Unavailable(f"cluster {endpoint.name!r} has ended: {gone}")
+        gone = why_gone(endpoint)
+    return True

@@ -29,10 +29,11 @@ class Kernels:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: one folder per version of the kernel sources, under the user's cache."""
+    """Where compiled kernels are kept: one folder per installed version of the kernel sources, under the user's cache."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + source.read_bytes())
+        # numba takes what was compiled of another copy, or before a file was written anew, for stale
+        digest.update(f"{source} {source.stat().st_mtime_ns} ".encode() + source.read_bytes())
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "flm-cluster" / f"kernels-{digest.hexdigest()[:16]}"
 

@@ -90,6 +90,15 @@ def test_interrupt_drains_and_stops(foreground: Foreground) -> None:
     foreground.assert_nothing_is_left()
 
 
+def test_down_from_elsewhere_ends_the_foreground(foreground: Foreground) -> None:
+    foreground.until_serving()
+    down = flm_cluster("down", state=foreground.folder)
+    assert (down.returncode, down.stdout) == (0, "foreground is stopped\n"), down.stderr
+    assert foreground.process.wait(20) == 0
+    assert foreground.log.read_text().rstrip().endswith("Stopped by `flm-cluster down`.")
+    foreground.assert_nothing_is_left()
+
+
 def test_interrupt_while_loading_leaves_nothing(foreground: Foreground) -> None:
     foreground.until_started()
     foreground.process.send_signal(signal.SIGTERM)

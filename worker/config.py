@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -12,7 +14,8 @@ from flm.worker.config_parts import ExpertsConfig, LatentConfig
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "ntk_steps" | "llama3" | "yarn" | "factors"; the other
+    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "ntk_steps" | "llama3" | "yarn" | "factors" |
+    "two_dimensional" (see PrefixConfig); the other
     fields only matter for the kinds that read them. Rotate-half pairing always (interleaved checkpoints are permuted at
     load). "dynamic" and "ntk_steps" depend on the length of the request's prompt."""
 
@@ -59,6 +62,23 @@ class NormConfig:
 
 
 @dataclass(frozen=True)
+class PrefixConfig:
+    """A prompt's context is what stands before `start_token`; its tokens see all of it. Tokens after it stand, along the
+    context, at the first of `mask_tokens` that is in it."""
+
+    start_token: int
+    mask_tokens: tuple[int, ...]
+
+    def length(self, prompt_ids: Sequence[int]) -> int:
+        """Tokens of the context; 0 where the prompt has no start token, so that all is causal."""
+        return prompt_ids.index(self.start_token) if self.start_token in prompt_ids else 0
+
+    def mask_position(self, prompt_ids: Sequence[int]) -> int:
+        context = prompt_ids[: self.length(prompt_ids)]
+        return next((context.index(token) for token in self.mask_tokens if token in context), len(context))
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     """Grouped-query attention: `kv_heads` key-value heads, each shared by heads / kv_heads query heads."""
 
@@ -68,6 +88,7 @@ class AttentionConfig:
     rope: RopeConfig
     qkv_bias: bool = False
     output_bias: bool = False
+    prefix: PrefixConfig | None = None  # None: every token sees those before it
     qk_norm: bool = False  # RMSNorm over every head of q and k, before they rotate
     alibi: bool = False  # scores fall linearly with distance (arXiv:2108.12409)
     score_scale: float = 0.0  # what scores are multiplied by; 0: head_dim ** -0.5
@@ -127,8 +148,15 @@ class ModelConfig:
 
     def cache_key(self, prompt_ids: tuple[int, ...]) -> str:
         """Prompts with different keys give different K and V to the same tokens."""
+        context = prompt_ids[: self.uncut(prompt_ids)]
+        if context:
+            return "\0context " + array("i", context).tobytes().hex()
         stretched = self.attention.rope.stretch(len(prompt_ids))
         return "" if stretched == 1.0 else f"\0rope {stretched!r}"
+
+    def uncut(self, prompt_ids: tuple[int, ...]) -> int:
+        """Leading tokens of a prompt that see one another and so have to be computed in one step."""
+        return 0 if self.attention.prefix is None else self.attention.prefix.length(prompt_ids)
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that the cache keeps of one token over all layers, unsharded."""

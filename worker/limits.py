@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from flm.worker.errors import ConfigError, InvalidRequest
 from flm.worker.request import Request
+
+_SMOOTHING = 0.2  # weight of the newest request in the average service time
+_RETRY_AFTER = (0.05, 60.0)  # seconds, bounds of the advice given to refused clients
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,47 @@ class Limits:
         else:
             limit = f"a KV cache of {context_limit} tokens"
         raise InvalidRequest("prompt", f"{given} leave no room for output in {limit}")
+
+
+class PromptRules(Protocol):
+    """What a model asks of the scheduler; ModelConfig is one."""
+
+    def cache_key(self, prompt_ids: tuple[int, ...]) -> str:
+        """Requests share cached blocks only where this is the same for their prompts."""
+        ...
+
+    def uncut(self, prompt_ids: tuple[int, ...]) -> int:
+        """Leading tokens that have to be computed in one step; a step must have room for them."""
+        ...
+
+
+class NoRules:
+    """Prompts may be cut anywhere and share what they have in common."""
+
+    def cache_key(self, prompt_ids: tuple[int, ...]) -> str:
+        return ""
+
+    def uncut(self, prompt_ids: tuple[int, ...]) -> int:
+        return 0
+
+
+NO_RULES = NoRules()
+
+
+class ServiceTime:
+    """Smoothed seconds from a request's first step to its end."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        weight = _SMOOTHING if self._seconds else 1.0
+        self._seconds += weight * (seconds - self._seconds)
+
+    def until_one_ends(self, running: int) -> float:
+        """Seconds until about one of `running` requests ends, by Little's law; 1 before anything is known."""
+        low, high = _RETRY_AFTER
+        return min(max(self._seconds / max(running, 1), low), high) if self._seconds else 1.0
 
 
 @dataclass(frozen=True)

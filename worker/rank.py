@@ -91,9 +91,16 @@ class Rank:
             self._comm,
             self._caches,
             positions=self.max_context,
-            max_tokens=max(spec.max_step_tokens, spec.max_sequences),
+            max_tokens=max(self._step_tokens, spec.max_sequences),
             max_rows=spec.max_sequences,
         )
+
+    @property
+    def _step_tokens(self) -> int:
+        """Tokens of a step, with room for a whole prompt beside all decodes where prompts may not be cut."""
+        if self.shard.model.attention.prefix is None:
+            return self.spec.max_step_tokens
+        return max(self.spec.max_step_tokens, self.max_context + self.spec.max_sequences)
 
     def _count_blocks(self) -> int:
         spec, itemsize = self.spec, np.dtype(KV_DTYPES[self.spec.kv_dtype]).itemsize
@@ -132,17 +139,17 @@ class Rank:
             block_size=spec.block_size,
             max_context=self.max_context,
             max_sequences=spec.max_sequences,
-            max_tokens=max(spec.max_step_tokens, spec.max_sequences),
+            max_tokens=max(self._step_tokens, spec.max_sequences),
             leader=self.rank == 0,
             capture=spec.capture,
         )
         if self.rank > 0:
             self._channel = channel  # type: ignore[assignment]
             return
-        limits = Limits(spec.max_sequences, spec.max_step_tokens, spec.max_queue, self.max_context)
+        limits = Limits(spec.max_sequences, self._step_tokens, spec.max_queue, self.max_context)
         pool = BlockPool(self.num_blocks, spec.block_size)
         config = self.checkpoint.config
-        scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config.cache_key)
+        scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config)
         self._replica = Replica(scheduler, self.runner, channel, config, self.max_context)  # type: ignore[arg-type]
 
     @property

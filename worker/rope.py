@@ -6,13 +6,11 @@ Shape legend: T tokens of the step, P positions, R half the rotary width.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.worker.config import AttentionConfig, RopeConfig
-from flm.worker.positions import logn_scales
+from flm.worker.config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, stretched: float = 1.0) -> NDArray[np.float64]:
@@ -33,7 +31,7 @@ def inverse_frequencies(rope: RopeConfig, stretched: float = 1.0) -> NDArray[np.
         return inv_freq / np.asarray(rope.factors)
     if rope.scaling == "yarn":
         return _yarn(inv_freq, rope)
-    assert rope.scaling == "none" or rope.per_request, rope.scaling
+    assert rope.scaling in ("none", "two_dimensional") or rope.per_request, rope.scaling
     return inv_freq
 
 
@@ -70,32 +68,3 @@ def turns(
     angles_TR = positions_T.astype(np.float64)[:, None] * inv_freq_R[None, :]
     cos_TR, sin_TR = np.cos(angles_TR) * magnitude, np.sin(angles_TR) * magnitude
     return cos_TR.astype(np.float32), sin_TR.astype(np.float32)
-
-
-class RequestAngles:
-    """The rotary tables of one step for models whose requests rotate differently: row t belongs to token t."""
-
-    def __init__(self, attention: AttentionConfig, max_tokens: int) -> None:
-        self._rope, self._logn = attention.rope, attention.logn_length
-        self._frequencies: dict[float, NDArray[np.float64]] = {}
-        self._cos_TR = np.zeros((max_tokens, self._rope.rotary_dim // 2), np.float32)
-        self._sin_TR = np.zeros_like(self._cos_TR)
-        self._q_scale_T = np.ones(max_tokens, np.float32) if self._logn else None
-        self._rows_T = np.arange(max_tokens, dtype=np.int32)
-
-    def write(self, at: int, positions_T: NDArray[np.int32], prompt_length: int) -> None:
-        """The rows of one request's tokens, from row `at` on."""
-        stretched = self._rope.stretch(prompt_length)
-        if stretched not in self._frequencies:
-            if len(self._frequencies) > 4096:
-                self._frequencies.clear()
-            self._frequencies[stretched] = inverse_frequencies(self._rope, stretched)
-        rows, inv_freq = slice(at, at + len(positions_T)), self._frequencies[stretched]
-        self._cos_TR[rows], self._sin_TR[rows] = turns(positions_T, inv_freq, self._rope.magnitude)
-        if self._q_scale_T is not None:
-            self._q_scale_T[rows] = logn_scales(self._logn, positions_T)
-
-    def tables(self, tokens: int) -> tuple[Any, Any, Any, Any]:
-        """Row numbers, cos, sin and scales of q (None: all 1) of the step's tokens; always the same arrays."""
-        scales = None if self._q_scale_T is None else self._q_scale_T[:tokens]
-        return self._rows_T[:tokens], self._cos_TR[:tokens], self._sin_TR[:tokens], scales

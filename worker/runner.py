@@ -17,8 +17,8 @@ from flm.kernels.backend import Backend, Graph
 from flm.worker.layers.loading import StepInputs
 from flm.worker.model import Decoder
 from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
-from flm.worker.rope import RequestAngles
 from flm.worker.sampling import SamplingRow, build_batch
+from flm.worker.step_positions import step_positions
 
 Array = Any
 
@@ -30,7 +30,7 @@ class SlotState:
         self.tokens: NDArray[np.int32] = np.empty(max_context + 1, np.int32)
         self.count = 0
         self.blocks = 0
-        self.num_prompt = new.num_prompt
+        self.positions: Any = None  # what the runner's step positions know of it
         self.row = SamplingRow(new.params, new.token_ids, new.num_prompt)
         self._extend(new.token_ids)
 
@@ -70,8 +70,7 @@ class Runner:
         self._rows_S = int32(max_sequences)
         self._sampled_S, self._logprobs_S = int32(max_sequences), np.zeros(max_sequences, np.float32)
         self._graphs: dict[int, tuple[Graph, Array]] = {}
-        attention = model.shard.model.attention
-        self._angles = RequestAngles(attention, max_tokens) if attention.rope.per_request else None
+        self._positions = step_positions(model.shard.model.attention, max_tokens)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Carry out one plan; a StepResult on the leader, None on the others."""
@@ -99,7 +98,9 @@ class Runner:
         for slot in plan.finished:
             self.slots.pop(slot, None)
         for new in plan.new:
-            self.slots[new.slot] = SlotState(new, self.max_context)
+            self.slots[new.slot] = state = SlotState(new, self.max_context)
+            if self._positions is not None:
+                state.positions = self._positions.request(new.token_ids[: new.num_prompt])
             self._extend_table(new.slot, new.block_table)
         for item in plan.scheduled:
             if item.new_blocks:
@@ -120,8 +121,8 @@ class Runner:
             self._ids_T[t : t + n] = self.slots[item.slot].tokens[start : start + n]
             self._positions_T[t : t + n] = range(start, start + n) if n < 8 else np.arange(start, start + n)
             self._sequence_T[t : t + n] = item.slot
-            if self._angles is not None:
-                self._angles.write(t, self._positions_T[t : t + n], self.slots[item.slot].num_prompt)
+            if self._positions is not None:
+                self._positions.write(t, self._positions_T[t : t + n], self.slots[item.slot].positions)
             t += n
         positions_T = self._positions_T[:t]
         blocks_T = self._tables_SB[self._sequence_T[:t], positions_T // self.block_size]
@@ -129,13 +130,19 @@ class Runner:
         return t
 
     def _inputs(self, tokens: int) -> StepInputs:
+        first = lambda array: None if array is None else array[:tokens]
+        ids_T, positions_T, slots_T, sequence_T = (
+            array[:tokens] for array in (self._ids_T, self._positions_T, self._slots_T, self._sequence_T)
+        )
+        own = self._positions
+        if own is None:
+            return StepInputs(
+                ids_T, positions_T, slots_T, sequence_T, self._tables_SB, positions_T, positions_T
+            )
+        visible_T = positions_T if own.last_visible_T is None else own.last_visible_T[:tokens]
+        tables = (first(own.cos_TR), first(own.sin_TR), first(own.q_scale_T))
         return StepInputs(
-            self._ids_T[:tokens],
-            self._positions_T[:tokens],
-            self._slots_T[:tokens],
-            self._sequence_T[:tokens],
-            self._tables_SB,
-            *((self._positions_T[:tokens],) if self._angles is None else self._angles.tables(tokens)),
+            ids_T, positions_T, slots_T, sequence_T, self._tables_SB, visible_T, own.rows_T[:tokens], *tables
         )
 
     def _forward(self, plan: StepPlan, tokens: int, rows: int) -> Array:

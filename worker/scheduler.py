@@ -12,19 +12,16 @@ others and no sequence may outgrow the pool, so every step makes progress.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
 from operator import attrgetter
 
 from flm.worker.blocks import BlockPool, BlockTable
 from flm.worker.errors import InvalidRequest, Overloaded
-from flm.worker.limits import Limits, Load
+from flm.worker.limits import NO_RULES, Limits, Load, PromptRules, ServiceTime
 from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
 from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
 from flm.worker.sequence import Sequence
 
 _precedence = attrgetter("precedence")
-_SMOOTHING = 0.2  # weight of the newest request in the average service time
-_RETRY_AFTER = (0.05, 60.0)  # seconds, bounds of the advice given to refused clients
 
 
 class Scheduler:
@@ -37,9 +34,9 @@ class Scheduler:
         limits: Limits,
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
-        cache_key: Callable[[tuple[int, ...]], str] = lambda prompt_ids: "",  # other keys share no blocks
+        rules: PromptRules = NO_RULES,
     ) -> None:
-        self.limits, self.pool, self._cache_key = limits, pool, cache_key
+        self.limits, self.pool, self._rules = limits, pool, rules
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._live: dict[str, Sequence] = {}
         self._running: list[Sequence] = []  # both in order of precedence
@@ -49,7 +46,7 @@ class Scheduler:
         self._retired: list[int] = []  # slots that the ranks have not been told to forget yet
         self._in_flight: StepPlan | None = None
         self._step = self._arrivals = 0
-        self._service_time = 0.0  # smoothed seconds from a request's first step to its end
+        self._service_time = ServiceTime()
         self._prefix_queries = self._prefix_hits = self._tokens_generated = self._preemptions = 0
 
     @property
@@ -96,17 +93,18 @@ class Scheduler:
             raise Overloaded(
                 f"{len(self._running)} requests run and {len(self._waiting)} wait; the queue holds "
                 f"{self.limits.max_queue}",
-                self._retry_after(),
+                self._service_time.until_one_ends(len(self._running)),
             )
         self._arrivals += 1
         sequence = Sequence(
             request,
             [*request.prompt_ids, *request.resumed_ids],
-            BlockTable(self.pool, request.cache_salt + self._cache_key(request.prompt_ids)),
+            BlockTable(self.pool, request.cache_salt + self._rules.cache_key(request.prompt_ids)),
             precedence=(-request.priority, self._arrivals),
             arrived=now,
             max_length=min(len(request.prompt_ids) + request.params.max_tokens, self.context_limit),
             num_prompt=len(request.prompt_ids),
+            uncut=self._rules.uncut(request.prompt_ids),
         )
         self._live[request.request_id] = sequence
         insort(self._waiting, sequence, key=_precedence)
@@ -129,13 +127,6 @@ class Scheduler:
         self._in_flight = None
         return [s.last_event(FinishReason.ERROR, Timings(), error=str(error)) for s in sequences]
 
-    def _retry_after(self) -> float:
-        """Seconds until about one running request ends, by Little's law."""
-        if self._service_time == 0.0:
-            return 1.0
-        low, high = _RETRY_AFTER
-        return min(max(self._service_time / max(len(self._running), 1), low), high)
-
     # ------------------------------------------------------------------------------------ schedule
 
     def schedule(self, now: float) -> StepPlan | None:
@@ -152,6 +143,8 @@ class Scheduler:
             if sequence is None:
                 break
             work = self._chunk(sequence, budget)
+            if work is None:
+                break
             budget -= work.num_tokens
             (single if work.num_tokens == 1 else chunks).append(work)
         assert single or chunks, "live requests but no progress"
@@ -189,10 +182,12 @@ class Scheduler:
             self._preempt(last)
         return blocks
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Scheduled:
-        """As much of a prompt as the budget allows; its blocks were taken when it started."""
+    def _chunk(self, sequence: Sequence, budget: int) -> Scheduled | None:
+        """As much of a prompt as the budget allows; its blocks were taken when it started. None: it must not be cut there."""
         remaining = sequence.num_remaining
         tokens = min(remaining, budget)
+        if sequence.num_computed + tokens < sequence.uncut:
+            return None
         return Scheduled(sequence.slot, sequence.num_computed, tokens, sample=tokens == remaining)
 
     def _start(self, new: list[NewSequence], prefilling: list[Sequence], now: float) -> Sequence | None:
@@ -295,6 +290,5 @@ class Scheduler:
         self._remove(sequence)
         timings = sequence.timings(now)
         seconds = timings.prefill + timings.decode
-        weight = _SMOOTHING if self._service_time else 1.0
-        self._service_time += weight * (seconds - self._service_time)
+        self._service_time.add(seconds)
         return timings

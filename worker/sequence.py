@@ -19,6 +19,7 @@ class Sequence:
     arrived: float
     max_length: int  # prompt + output tokens at which it ends for good
     num_prompt: int
+    uncut: int = 0  # leading tokens that must be computed in one step
     num_computed: int = 0  # leading tokens whose KV is in the cache
     num_sent: int = 0  # leading tokens that the ranks know
     num_cached: int = 0  # of the prompt, found in the prefix cache at its first start

@@ -34,6 +34,8 @@ def test_logits_on_any_number_of_ranks_and_however_the_prompt_is_cut(name: str) 
         with tiny(name, tensor_parallel=ranks) as engine:
             whole = engine.logits(ids)
             assert relative(whole, want) < TOLERANCE, f"{ranks} ranks"
+            if engine.config.uncut(tuple(ids)):
+                continue  # its context sees all of itself, see below
             for chunk in (1, 5):
                 np.testing.assert_array_equal(engine.logits(ids, chunk=chunk), whole)
 
@@ -55,7 +57,7 @@ def test_company_and_cached_prefixes_change_no_token(name: str) -> None:
         assert cached.token_ids == fresh.token_ids
         assert fresh.cached_tokens == 0
         if not engine.config.attention.rope.per_request:
-            assert cached.cached_tokens == 16
+            assert cached.cached_tokens >= 16
 
 
 def test_requests_that_rotate_differently_share_no_blocks() -> None:
@@ -69,3 +71,19 @@ def test_requests_that_rotate_differently_share_no_blocks() -> None:
         assert again.cached_tokens == 0
         (twice,) = engine.generate([[*ids, *first.token_ids]], params)
         assert (twice.cached_tokens, twice.token_ids) == (16, again.token_ids)
+
+
+def test_a_context_that_sees_itself_is_computed_in_one_step() -> None:
+    """Four tokens to a step: a context of eight waits for a step of its own size, whatever else runs."""
+    ids, want = reference("chatglm1")
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=1)
+    with Engine(GOLDEN / "chatglm1", max_sequences=3, max_step_tokens=4) as engine:
+        assert engine.config.uncut(tuple(ids)) == ids.index(92)
+        prompts = [ids, [30, *ids], ids[1:], [*ids, 17]]
+        alone = [engine.generate([prompt], params)[0] for prompt in prompts]
+        together = engine.generate(prompts, params)
+        assert [done.token_ids for done in together] == [done.token_ids for done in alone]
+        engine.replica.check()
+    logprobs = want[-1] - want[-1].max() - np.log(np.exp(want[-1] - want[-1].max()).sum())
+    assert alone[0].token_ids[0] == int(logprobs.argmax())
+    assert alone[0].logprobs[0].logprob == pytest.approx(logprobs.max(), abs=1e-3)

@@ -9,6 +9,7 @@ from flm.worker.config import ModelConfig
 from flm.worker.families import gguf, hub
 from flm.worker.families.baichuan import BAICHUAN
 from flm.worker.families.bloom import BLOOM
+from flm.worker.families.chatglm import CHATGLM_6B
 from flm.worker.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from flm.worker.families.family import Family
 from flm.worker.families.fields import Fields, read_json
@@ -22,8 +23,8 @@ from flm.worker.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from flm.worker.gguf_file import GGUFFile
 
 FAMILIES = (
-    LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, GLM, MOSS, BLOOM,
-    DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE,
+    LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,
+    MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE,
 )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ class Attention:
             self._cache,
             inputs.block_tables_SB,
             inputs.sequence_T,
-            inputs.positions_T,
+            inputs.last_visible_T,
             self._scale,
             out_THD,
             self._rotary.slopes_H,

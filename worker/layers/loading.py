@@ -56,15 +56,16 @@ class Loading:
 @dataclass(frozen=True)
 class StepInputs:
     """Device arrays of one step, int32: ids_T, positions_T, slots_T (cache slot each token is written to), sequence_T
-    (row of block_tables_SB), block_tables_SB (block numbers of every known sequence) and rotary_rows_T: the row of the
-    rotary tables that each token turns by. cos_TR, sin_TR and q_scale_T (float32): this step's own tables, None where the
-    model's serve."""
+    (row of block_tables_SB), block_tables_SB (block numbers of every known sequence), last_visible_T (the last position
+    of its sequence that a token sees) and rotary_rows_T (the row of the rotary tables that it turns by). cos_TR, sin_TR
+    and q_scale_T (float32): this step's own tables, None where the model's serve."""
 
     ids_T: Array
     positions_T: Array
     slots_T: Array
     sequence_T: Array
     block_tables_SB: Array
+    last_visible_T: Array
     rotary_rows_T: Array
     cos_TR: Array | None = None
     sin_TR: Array | None = None

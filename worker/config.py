@@ -2,80 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from flm.worker.config_parts import ExpertsConfig, LatentConfig
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding. `scaling` "none" | "linear" | "dynamic" | "ntk_steps" | "llama3" | "yarn" | "factors" |
-    "two_dimensional" (see PrefixConfig); the other
-    fields only matter for the kinds that read them. Rotate-half pairing always (interleaved checkpoints are permuted at
-    load). "dynamic" and "ntk_steps" depend on the length of the request's prompt."""
-
-    theta: float = 10000.0
-    rotary_dim: int = 0  # values of each head that rotate, even; 0: positions do not enter here
-    scaling: str = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
-    factors: tuple[float, ...] = ()  # "factors": what each of the rotary_dim / 2 frequencies is divided by
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    magnitude: float = 1.0  # of rotated vectors
-
-    @property
-    def per_request(self) -> bool:
-        """Whether requests rotate differently, by the length of their prompts."""
-        return self.scaling in ("dynamic", "ntk_steps")
-
-    def stretch(self, prompt_length: int) -> float:
-        """What theta is multiplied by, to the power d / (d - 2), for a request with a prompt of that length: 1 up to the
-        trained length. It stays what it was at the prompt, so that cached keys keep their angles.
-
-        "dynamic" is transformers' formula of the length at hand; "ntk_steps" that of Qwen's first release, the same for
-        all prompts between two powers of two of the trained length."""
-        trained = self.original_max_position
-        if not self.per_request or prompt_length <= trained:
-            return 1.0
-        if self.scaling == "dynamic":
-            return self.factor * prompt_length / trained - (self.factor - 1)
-        return float(2 ** math.ceil(math.log2(prompt_length / trained) + 1) - 1)
-
-
-@dataclass(frozen=True)
-class NormConfig:
-    """A normalisation over the hidden width: `kind` "rms" (scale only) or "layer" (mean removed). `residual_factor` other
-    than 0: the normed value times this, not the value itself, goes on beside what the layer adds (ChatGLM-6B)."""
-
-    eps: float
-    kind: str = "rms"
-    bias: bool = False
-    residual_factor: float = 0.0
-
-
-@dataclass(frozen=True)
-class PrefixConfig:
-    """A prompt's context is what stands before `start_token`; its tokens see all of it. Tokens after it stand, along the
-    context, at the first of `mask_tokens` that is in it."""
-
-    start_token: int
-    mask_tokens: tuple[int, ...]
-
-    def length(self, prompt_ids: Sequence[int]) -> int:
-        """Tokens of the context; 0 where the prompt has no start token, so that all is causal."""
-        return prompt_ids.index(self.start_token) if self.start_token in prompt_ids else 0
-
-    def mask_position(self, prompt_ids: Sequence[int]) -> int:
-        context = prompt_ids[: self.length(prompt_ids)]
-        return next((context.index(token) for token in self.mask_tokens if token in context), len(context))
+from flm.worker.config_parts import ExpertsConfig, LatentConfig, NormConfig, PrefixConfig, RopeConfig
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ async def test_options_reach_the_replica(start_cluster: Start) -> None:
         assert [f async for f in client.generate([1, 2], sampling)]
     request = cluster.seats[0].replica.accepted[0]
     assert (request.prompt_ids, request.priority, request.cache_salt) == ((1, 2), 7, "s")
-    assert (request.params.top_k, request.params.min_p, request.params.stop_token_ids) == (3, 0.5, (9,))
+    assert (request.params.top_k, request.params.min_p, request.params.stop_token_ids) == (3, 0.5, (9, EOS))
 
 
 async def test_unary_methods(start_cluster: Start) -> None:

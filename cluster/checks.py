@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flm.cluster.config import ClusterConfig, load_config, unserved
+from flm.cluster.config import ClusterConfig, ModelSection, load_config, unserved
 from flm.cluster.ending import end_cluster, is_alive
 from flm.cluster.hardware import Hardware, measure_hardware
 from flm.cluster.plan import Plan, plan_cluster
 from flm.cluster.ray_head import usable_cpus
+from flm.cluster.served_model import read_words
 from flm.cluster.state import Endpoint, load_endpoint
 from flm.cluster.yaml_source import YamlPath, error_at
 from flm.kernels.errors import OpenMPMissing
 from flm.kernels.openmp import require_openmp
-from flm.worker.errors import BackendUnavailable
+from flm.worker.errors import BackendUnavailable, ConfigError
 from flm.worker.paths import resolve_model_path
 from flm.worker.vocabularies.files import load_tokenizer
 
@@ -86,11 +87,18 @@ def check_plan(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
     _check_kernels(config)
     plan = plan_cluster(config, hardware or measure_hardware())
     if plan.fits and not plan.obstacles:
-        for path in dict.fromkeys(model.path for model in config.models):
-            load_tokenizer(
-                resolve_model_path(path)
-            )  # the gateway's, which would otherwise be the one to stumble
+        for index, model in enumerate(config.models):
+            _check_words(index, model)
     return plan
+
+
+def _check_words(index: int, model: ModelSection) -> None:
+    """The gateway's part of a model, which would otherwise be the one to stumble."""
+    tokenizer = load_tokenizer(resolve_model_path(model.path))
+    try:
+        read_words(model.path, tokenizer, model.prompt)
+    except ConfigError as error:
+        raise ConfigError(error.message, field=f"models[{index}]") from None
 
 
 def _check_kernels(config: ClusterConfig) -> None:

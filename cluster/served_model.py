@@ -10,6 +10,7 @@ from pathlib import Path
 from flm.cluster.admission import Options
 from flm.cluster.prompt_choice import BY_CHECKPOINT, PromptChoice, choose_template
 from flm.cluster.replicas import Replicas
+from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.config import ModelConfig
@@ -38,15 +39,11 @@ class LoadedModel:
     def __init__(
         self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None], replica_key: str
     ) -> None:
-        path, config = _checkpoint(spec.path)
         self.spec = spec
-        self.tokenizer = tokenizer if config is None else checked(tokenizer, config.vocab, spec.path)
-        self.template = choose_template(spec.prompt, tokenizer, path)
+        words = read_words(spec.path, tokenizer, spec.prompt)
+        self.tokenizer, self.template, own = words.tokenizer, words.template, words.eos_token_ids
         self.replicas = Replicas(spec.name, on_change, replica_key)
         self.wanted = 0
-        own = (
-            config.eos_token_ids if config is not None else ()
-        )  # those at which a worker ends a text by itself
         ends = own or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
         self._eos_token_ids = tuple(sorted({*ends, *self.template.stop_ids}))
         self._more_ends = tuple(i for i in self._eos_token_ids if i not in own)
@@ -89,11 +86,26 @@ class LoadedModel:
         )
 
 
-def _checkpoint(name: str) -> tuple[Path | None, ModelConfig | None]:
-    """Where it is and what it says; where something is wrong with it, its replicas say so when they load."""
-    path = None
+@dataclass(frozen=True)
+class Words:
+    """A model's text side. eos_token_ids: those at which a worker ends a text by itself."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    eos_token_ids: tuple[int, ...]
+
+
+def read_words(name: str, tokenizer: Tokenizer, prompt: PromptChoice) -> Words:
+    """`tokenizer` beside the checkpoint `name`. CheckpointError where it has too many ids for it, ConfigError where
+    `prompt` does not go with it."""
+    path: Path | None = None
+    config: ModelConfig | None = None
     try:
         path = resolve_model_path(name)
-        return path, open_checkpoint(path).config
+        config = open_checkpoint(path).config
     except CheckpointError:
-        return path, None
+        pass  # its replicas say what is wrong with it, when they load
+    if config is not None:
+        tokenizer = checked(tokenizer, config.vocab, name)
+    template = choose_template(prompt, tokenizer, path)
+    return Words(tokenizer, template, config.eos_token_ids if config is not None else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import psutil
 import pytest
 from gguf import GGUFWriter
 from gguf_writer import gguf_from_directory
+from small_vocabularies import sentencepiece_model
 
 from flm.cluster import checks
 from flm.cluster.checks import check_file, why_taken
+from flm.cluster.plan import Plan
 from flm.cluster.ray_head import free_port, usable_cpus
 from flm.cluster.state import Endpoint, load_endpoint, save_endpoint
-from flm.worker.errors import ConfigError
+from flm.worker.errors import CheckpointError, ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 GOOD = """\
@@ -144,6 +147,30 @@ def test_a_broken_tokenizer_stops_up(folder: Path) -> None:
     model = gguf_from_directory(GOLDEN / "llama2", folder / "broken.gguf", edit=no_list_of_types)
     said = "broken.gguf: tokenizer.ggml.token_type: 4 entries expected, found 7"
     refused_up(folder, write(folder, path=str(model)), said)
+
+
+def test_words_that_do_not_go_with_the_model_stop_up(folder: Path) -> None:
+    model = shutil.copytree(GOLDEN / "llama2", folder / "tiny")
+
+    def planned(more: str = "") -> Plan:
+        return checks.check_plan(check_file(write(folder, GOOD + more, path=str(model))).config)
+
+    with pytest.raises(
+        CheckpointError, match=r"tiny: expected tokenizer\.json, tokenizer\.model, .* in this"
+    ):
+        planned()
+    (model / "tokenizer.model").write_bytes(sentencepiece_model())
+    with pytest.raises(CheckpointError, match="its tokenizer has 420 tokens and its embedding 96 rows"):
+        planned()
+    (model / "tokenizer.model").write_bytes(sentencepiece_model(byte_fallback=False, vocab_size=96))
+    assert planned().fits
+    assert planned('    user_role: "<FLM_FIX_TOKEN_95>"\n').fits
+    with pytest.raises(
+        ConfigError, match=r"models\[0\]: the prompt in cluster.yaml does not .* an id below 96"
+    ):
+        planned('    user_role: "<FLM_FIX_TOKEN_96>"\n')
+    with pytest.raises(ConfigError, match=r"models\[0\]: prompt_format glm4 does not go with this model"):
+        planned("    prompt_format: glm4\n")
 
 
 def test_without_openmp_up_stops(folder: Path) -> None:

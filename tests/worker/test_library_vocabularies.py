@@ -12,9 +12,11 @@ from small_vocabularies import SENTENCES, byte_pairs, write
 from tokenizers import pre_tokenizers
 
 from flm.worker.errors import CheckpointError
+from flm.worker.token_bytes import byte_level_alphabet
 from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies import patterns
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.library import byte_level_splits
 
 TRAINED = byte_pairs(patterns.GPT2)
 MODEL = json.loads(TRAINED.to_str())["model"]
@@ -45,6 +47,45 @@ def test_qwen2_cuts_in_its_own_way(tmp_path: Path) -> None:
     words = reference.pre_tokenizer.pre_tokenize_str("x 2024\n\n  don't")
     assert [word for word, _ in words] == ["x", "Ġ", "2", "0", "2", "4", "ĊĊ", "Ġ", "Ġdon", "'t"]
     assert tokenizer.encode("e\u0301") == load(tmp_path / "gpt2").encode("\u00e9")
+
+
+TEXT = "Hi 你好, x=12345!\n  don't ③"
+WORDS = {
+    "gpt-2": ["Hi", " 你好", ",", " x", "=", "12345", "!", "\n ", " don", "'t", " ③"],
+    "smollm": ["Hi", " 你好", ",", " x", "=", *"12345", "!", "\n ", " don", "'t", " ", "③"],
+    "llama-bpe": ["Hi", " 你好", ",", " x", "=", "123", "45", "!\n", " ", " don", "'t", " ", "③"],
+    "qwen2": ["Hi", " 你好", ",", " x", "=", *"12345", "!\n", " ", " don", "'t", " ", "③"],
+    "chatglm-bpe": ["Hi", " 你好", ",", " x", "=", "123", "45", "!\n", " ", " don", "'t", " ", "③"],
+    "deepseek-llm": ["Hi", " ", "你好", ",", " x", "=", *"12345", "!", "\n", " ", " don", "'", "t", " ", "③"],
+    "deepseek-coder": [
+        "Hi",
+        " ",
+        "你好",
+        ",",
+        " x",
+        "=",
+        *"12345",
+        "!",
+        "\n",
+        " ",
+        " don",
+        "'",
+        "t",
+        " ",
+        "③",
+    ],
+    "deepseek-v3": ["Hi", " ", "你好", ",", " x", "=", "123", "45", "!\n", " ", " don", "'t", " ", "③"],
+    "falcon": ["Hi", " 你好", ",", " x", "=", "123", "45", "!", "\n ", " don", "'", "t", " ③"],
+    "bloom": ["Hi", " 你好", ",", " x=12345", "!\n ", " don't", " ③"],
+    "default": ["Hi", " 你好", ",", " x", "=", "123", "45", "!", "\n ", " don", "'", "t", " ", "③"],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_of_named_patterns(name: str) -> None:
+    alphabet = byte_level_alphabet()
+    words = byte_level_splits(patterns.BY_NAME[name]).pre_tokenize_str(TEXT)
+    assert [bytes(alphabet[c] for c in word).decode() for word, _ in words] == WORDS[name]
 
 
 def test_added_tokens(tmp_path: Path) -> None:

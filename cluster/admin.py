@@ -140,6 +140,7 @@ def replica_status(group: ReplicaGroup) -> flm_pb2.ReplicaStatus:
         restarts=group.restarts,
         message=group.message,
         uptime=now - group.since if group.phase is Phase.READY else 0.0,
+        experts=beat.experts if beat is not None else (),
     )
 
 

@@ -161,9 +161,7 @@ class ModelSection(Section, PromptFields):
     path: Annotated[str, Field(min_length=1)]
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
-    expert_parallel: Annotated[int, Field(ge=1, le=1024)] = (
-        1  # planned with, not served yet: see refuse_unserved
-    )
+    expert_parallel: bool = False
     replicas: Annotated[Replicas, BeforeValidator(_replicas), JsonSchema(_REPLICAS_SCHEMA)] = Replicas(
         start=1, min=0, max=MAX_REPLICAS
     )
@@ -195,9 +193,6 @@ class ClusterConfig(Section):
 def unserved(config: ClusterConfig) -> Iterator[tuple[YamlPath, str]]:
     """What the file asks for that can be planned but not served yet: where, and what was expected."""
     for index, model in enumerate(config.models):
-        if model.expert_parallel > 1:
-            message = "experts over several ranks can be planned but not served yet; expected 1"
-            yield ("models", index, "expert_parallel"), message
         if model.device == "cuda":
             message = "GPUs can be planned for but not served on yet; expected cpu or auto"
             yield ("models", index, "device"), message

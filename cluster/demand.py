@@ -23,7 +23,7 @@ class Demand:
     path: str
     device: str = "cpu"  # cpu or cuda
     tensor_parallel: int = 1
-    expert_parallel: int = 1
+    expert_parallel: bool = False
     replicas: int = 1
     quantization: str = "auto"
     kv_dtype: str = "auto"
@@ -59,7 +59,7 @@ class KVPlan:
 
 def check_cut(demand: Demand, shapes: Shapes) -> None:
     """ConfigError where the model cannot be cut into that many ranks, or takes no context that long."""
-    tp, ep, m = demand.tensor_parallel, demand.expert_parallel, shapes.config
+    tp, m = demand.tensor_parallel, shapes.config
     if demand.max_context > m.max_position:
         raise ConfigError(
             f"expected at most {m.max_position}, the model's own, got {demand.max_context}",
@@ -69,21 +69,19 @@ def check_cut(demand: Demand, shapes: Shapes) -> None:
         raise ConfigError(
             f"{tp} ranks are too many for {m.attention.heads} attention heads", field="tensor_parallel"
         )
-    if ep == 1:
+    if not demand.expert_parallel:
         return
-    if not shapes.experts:
-        raise ConfigError(f"{demand.name} has no experts; expected 1, got {ep}", field="expert_parallel")
-    if tp % ep or ep > shapes.experts:
-        raise ConfigError(
-            f"expected a divisor of tensor_parallel ({tp}) of at most {shapes.experts} experts, got {ep}",
-            field="expert_parallel",
-        )
+    if m.experts is None:
+        raise ConfigError(f"{demand.name} has no experts; expected false", field="expert_parallel")
+    if tp > m.experts.count:
+        raise ConfigError(f"{tp} ranks are too many for {m.experts.count} experts", field="tensor_parallel")
 
 
 def rank_sizes(demand: Demand, shapes: Shapes) -> tuple[list[RankSize], KVPlan]:
     """The sizes of every rank of one replica, and its KV cache."""
     shards = [
-        shapes.shard(demand.tensor_parallel, r, demand.quantization) for r in range(demand.tensor_parallel)
+        shapes.shard(demand.tensor_parallel, r, demand.quantization, demand.expert_parallel)
+        for r in range(demand.tensor_parallel)
     ]
     weights = [_weights(demand, shapes, shard) for shard in shards]
     runtime = RUNTIME_BYTES[demand.device]
@@ -100,7 +98,7 @@ def _weights(demand: Demand, shapes: Shapes, shard: ShardSpec) -> tuple[int, int
     held = read = 0.0
     for weight in shapes.weights:
         bits = weight.bits(demand.quantization)
-        size = weight.elements * bits / 8 * shapes.share(weight.split, shard, demand.expert_parallel)
+        size = weight.elements * bits / 8 * shard.share(weight.split)
         held += size
         read += size * weight.read
     return int(held), int(read)

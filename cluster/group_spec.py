@@ -21,6 +21,7 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         path=model.path,
         device="cpu" if model.device == "auto" else model.device,  # `unserved` refused what no backend runs
         tensor_parallel=model.tensor_parallel,
+        expert_parallel=model.expert_parallel,
         quantization=model.quantization,
         kv_dtype=model.kv_cache.dtype,
         kv_bytes=model.kv_cache.memory,

@@ -42,6 +42,7 @@ class ServedReplica(Protocol):
     def cancel(self, request_id: str) -> None: ...
     def load(self) -> Any: ...
     def step_age(self) -> float: ...
+    def expert_counts(self) -> dict[int, list[int]]: ...
 
 
 class ReplicaService(flm_pb2_grpc.ReplicaServicer):
@@ -152,6 +153,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             step_age=replica.step_age(),
             load=flm_pb2.ReplicaLoad(**{name: getattr(load, name) for name in fields}),
             message=replica.failure,
+            experts=[flm_pb2.LayerExperts(layer=i, tokens=n) for i, n in replica.expert_counts().items()],
         )
 
 

@@ -270,7 +270,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., load_fraction: _Optional[float] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("replica_id", "model", "state", "address", "ranks", "load", "restarts", "message", "uptime")
+    __slots__ = ("replica_id", "model", "state", "address", "ranks", "load", "restarts", "message", "uptime", "experts")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,7 @@ class ReplicaStatus(_message.Message):
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     model: str
     state: ReplicaState
@@ -289,7 +290,8 @@ class ReplicaStatus(_message.Message):
     restarts: int
     message: str
     uptime: float
-    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ..., restarts: _Optional[int] = ..., message: _Optional[str] = ..., uptime: _Optional[float] = ...) -> None: ...
+    experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    def __init__(self, replica_id: _Optional[str] = ..., model: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ..., restarts: _Optional[int] = ..., message: _Optional[str] = ..., uptime: _Optional[float] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
 
 class ModelStatus(_message.Message):
     __slots__ = ("name", "wanted_replicas", "ready_replicas", "replicas")
@@ -507,18 +509,28 @@ class ReplicaLoad(_message.Message):
     preemptions: int
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., outstanding_tokens: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
+class LayerExperts(_message.Message):
+    __slots__ = ("layer", "tokens")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class HeartbeatResponse(_message.Message):
-    __slots__ = ("replica_id", "state", "step", "step_age", "load", "message")
+    __slots__ = ("replica_id", "state", "step", "step_age", "load", "message", "experts")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     state: ReplicaState
     step: int
     step_age: float
     load: ReplicaLoad
     message: str
-    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., step: _Optional[int] = ..., step_age: _Optional[float] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...
+    experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
+    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., step: _Optional[int] = ..., step_age: _Optional[float] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ..., message: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...

@@ -92,10 +92,10 @@ class Decoder:
         loading.weights.drop_pages()
         return layer
 
-    def expert_counts(self) -> NDArray[np.int64]:
-        """[sparse layers, experts]: how many tokens went to each expert so far; no rows for a dense model."""
-        parts = [layer.feed_forward for layer in self.layers]
-        return np.array([self.backend.to_host(p.counts_N) for p in parts if isinstance(p, Experts)], np.int64)
+    def expert_counts(self) -> dict[int, NDArray[np.int64]]:
+        """By layer, for those that have experts: how many tokens chose each one so far."""
+        parts = enumerate(layer.feed_forward for layer in self.layers)
+        return {i: self.backend.to_host(p.counts_N).copy() for i, p in parts if isinstance(p, Experts)}
 
     def hidden(self, inputs: StepInputs) -> Array:
         """Final normed hidden states [T, E] of the step's tokens; writes their K and V to the caches."""

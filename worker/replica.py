@@ -119,6 +119,11 @@ class Replica:
                 self._scheduler.pool.release(blocks)
                 self._borrowed -= 1
 
+    def expert_counts(self) -> dict[int, list[int]]:
+        """By layer, for those that have experts: how many tokens chose each one so far. From any thread, also while a step
+        runs."""
+        return {layer: counts.tolist() for layer, counts in self._runner.model.expert_counts().items()}
+
     def step_age(self) -> float:
         """Seconds since the present step began, 0 while idle."""
         began = self._step_began

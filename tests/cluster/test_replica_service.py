@@ -51,6 +51,9 @@ class Scripted:
     def load(self) -> Load:
         return Load(running=2, blocks_total=10, prefix_hits=3)
 
+    def expert_counts(self) -> dict[int, list[int]]:
+        return {1: [4, 0, 2], 2: [3, 3, 0]}
+
     def step_age(self) -> float:
         return 0.5
 
@@ -189,6 +192,7 @@ async def test_heartbeat(wire: Wire) -> None:
     wire.replica.state, wire.replica.failure = "failed", "rank 1 hung"
     answer = await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=METADATA)
     assert (answer.replica_id, answer.step, answer.step_age) == ("r-1", 7, 0.5)
+    assert [(e.layer, list(e.tokens)) for e in answer.experts] == [(1, [4, 0, 2]), (2, [3, 3, 0])]
     assert (answer.state, answer.message) == (flm_pb2.REPLICA_STATE_FAILED, "rank 1 hung")
     assert (answer.load.running, answer.load.blocks_total, answer.load.prefix_hits) == (2, 10, 3)
 

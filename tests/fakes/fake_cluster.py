@@ -112,6 +112,9 @@ class FakeReplica:
     def load(self) -> Load:
         return Load(running=len(self.running))
 
+    def expert_counts(self) -> dict[int, list[int]]:
+        return {}
+
     def step_age(self) -> float:
         return 0.0
 

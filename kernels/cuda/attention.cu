@@ -66,6 +66,7 @@ struct Chunk {
   static constexpr int kBlocks = DP / 32, kTiles = DP / 8;
   uint4 q[2][kBlocks];
   float most[2], sum[2], acc[kTiles][4];
+  float slope[2] = {0.f, 0.f};  // of ALiBi, times log2(e)
   Raw k[2][kBlocks], v[4][DP / 64];
 
   __device__ __forceinline__ void load_q(const T* row0, const T* row1, int t, int D) {
@@ -160,7 +161,8 @@ struct Chunk {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (sizeof(KV) == 1) s[n][i] *= cache.k_scales[slot + 8 * n + (i & 1)];
-        s[n][i] = key + 8 * n + 2 * t + (i & 1) <= position[i >> 1] ? s[n][i] * scale : kNone;
+        int away = key + 8 * n + 2 * t + (i & 1) - position[i >> 1];
+        s[n][i] = away <= 0 ? fmaf(slope[i >> 1], (float)away, s[n][i] * scale) : kNone;
         highest[i >> 1] = fmaxf(highest[i >> 1], s[n][i]);
       }
 #pragma unroll
@@ -210,8 +212,8 @@ __global__ void __launch_bounds__(128, DP == 64 ? 3 : 2)
 attention(const T* __restrict__ q_THD, const KV* __restrict__ k_cache, const KV* __restrict__ v_cache,
           const float* __restrict__ k_scales, const float* __restrict__ v_scales, const int* __restrict__ tables_SB,
           const int* __restrict__ sequence_T, const int* __restrict__ position_T, T* __restrict__ out_THD,
-          float* __restrict__ parts, float* __restrict__ facts, int tokens, int H, int J, int D, int B, int block_size,
-          int chunk, int chunks, int tokens_per_tile, float scale) {
+          float* __restrict__ parts, float* __restrict__ facts, const float* __restrict__ slopes_H, int tokens, int H,
+          int J, int D, int B, int block_size, int chunk, int chunks, int tokens_per_tile, float scale) {
   FLM_DYN_SMEM(float, totals);  // without SPLIT: what each lane has merged so far
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, j = blockIdx.y, heads = H / J;
   float* total = totals + warp * kRows * DP + lane;
@@ -221,6 +223,10 @@ attention(const T* __restrict__ q_THD, const KV* __restrict__ k_cache, const KV*
   int at[2] = {__shfl_sync(kAll, row_number, g), __shfl_sync(kAll, row_number, g + 8)};
   Chunk<T, KV, DP> part;
   part.load_q(at[0] < 0 ? nullptr : q_THD + (size_t)at[0] * D, at[1] < 0 ? nullptr : q_THD + (size_t)at[1] * D, t, D);
+  if (slopes_H)
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (at[r] >= 0) part.slope[r] = slopes_H[at[r] % H] * 1.4426950408889634f;
   float most[2] = {kNone, kNone}, sum[2] = {0.f, 0.f};
   if (!SPLIT)
 #pragma unroll

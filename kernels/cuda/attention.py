@@ -65,26 +65,17 @@ def paged_attention(
     scale: float,
     out_THD: Array,
     space: AttentionSpace,
+    slopes_H: Array | None = None,
     split: bool | None = None,
 ) -> None:
     """Token t of sequence seq_index[t] attends to that sequence's cached positions 0..positions[t]; -1: out is zero.
 
     Query head h reads key-value head h * J // H; J must divide H. float16 or bfloat16, the cache of the same type or int8.
+    slopes: float32, added to scores of head h as slopes[h] * (position - positions[t]).
     split: whether warps share a token's keys (None: where the workspace has room). A token's bits are the same either way.
     """
-    T, H, D = dimensions("q", q_THD, 3)
-    (S, B), J = dimensions("block_tables", block_tables_SB, 2), cache.kv_heads
-    activation = check("q", q_THD, (T, H, cache.head_dim), *ACTIVATIONS)
-    check("out", out_THD, (T, H, D), activation)
-    check("block_tables", block_tables_SB, (S, B), "int32")
-    for name, array in (("seq_index", seq_index_T), ("positions", positions_T)):
-        check(name, array, (T,), "int32")
-    if cache.dtype not in (activation, "int8"):
-        raise DTypeError(f"a cache of {activation} or int8 expected, got {cache.dtype}")
-    if H % J or D > WIDEST_HEAD:
-        raise ShapeError(
-            f"query heads a multiple of {J} and a width of at most {WIDEST_HEAD} expected, got {H} and {D}"
-        )
+    _check(q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, slopes_H)
+    (T, H, D), B, J = q_THD.shape, block_tables_SB.shape[1], cache.kv_heads
     if not T:
         return
     split = space.rows >= T * H if split is None else split
@@ -103,27 +94,38 @@ def paged_attention(
         seq_index_T,
         positions_T,
     ]
-    args += [
-        out_THD,
-        space.parts,
-        space.facts,
-        T,
-        H,
-        J,
-        D,
-        B,
-        cache.block_size,
-        space.chunk,
-        space.chunks,
-        tokens,
-    ]
-    args.append(float(scale) * math.log2(math.e))
-    splitting, whole, combining = kernels(activation, cache.dtype, D)
+    args += [out_THD, space.parts, space.facts, slopes_H, T, H, J, D, B, cache.block_size]
+    args += [space.chunk, space.chunks, tokens, float(scale) * math.log2(math.e)]
+    splitting, whole, combining = kernels(q_THD.dtype.name, cache.dtype, D)
     if not split:
-        shared = WARPS * ROWS * width(D) * 4
-        device.launch(whole, (-(-tiles // WARPS), J), 32 * WARPS, args, shared)
+        device.launch(whole, (-(-tiles // WARPS), J), 32 * WARPS, args, WARPS * ROWS * width(D) * 4)
         return
     shares = min(-(-space.chunks // WARPS), max(1, 2 * device.processors // (tiles * J)))
     device.launch(splitting, (tiles, J, shares), 32 * WARPS, args)
     merge = [space.parts, space.facts, seq_index_T, positions_T, out_THD, H, D, space.chunk, space.chunks]
     device.launch(combining, (T * H,), width(D), merge)
+
+
+def _check(
+    q_THD: Array,
+    cache: CudaCache,
+    block_tables_SB: Array,
+    seq_index_T: Array,
+    positions_T: Array,
+    out_THD: Array,
+    slopes_H: Array | None,
+) -> None:
+    T, H, D = dimensions("q", q_THD, 3)
+    activation = check("q", q_THD, (T, H, cache.head_dim), *ACTIVATIONS)
+    check("out", out_THD, (T, H, D), activation)
+    check("block_tables", block_tables_SB, dimensions("block_tables", block_tables_SB, 2), "int32")
+    for name, array in (("seq_index", seq_index_T), ("positions", positions_T)):
+        check(name, array, (T,), "int32")
+    if slopes_H is not None:
+        check("slopes", slopes_H, (H,), "float32")
+    if cache.dtype not in (activation, "int8"):
+        raise DTypeError(f"a cache of {activation} or int8 expected, got {cache.dtype}")
+    if H % cache.kv_heads or D > WIDEST_HEAD:
+        raise ShapeError(
+            f"query heads a multiple of {cache.kv_heads} and a width of at most {WIDEST_HEAD} expected, got {H} and {D}"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flm.kernels.cuda.check import Array, check, dimensions
+from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions
 from flm.kernels.cuda.kernel import Device, Kernel, instance
 from flm.kernels.cuda.pack import NUMBERS, CudaMatrix
 
@@ -33,7 +33,7 @@ def linear(
 ) -> None:
     """out = x @ weight.T (+ bias), or out += that where accumulate. out must not overlap x.
 
-    x: the type that the weight was packed for; out: that or float32; bias: float32.
+    x: the type that the weight was packed for, its columns those of the weight's codes (take_columns); out: that or float32; bias: float32.
     An output's bits depend on its row of x and its row of the weight alone.
     """
     M = dimensions("x", x_MK, 2)[0]
@@ -59,3 +59,50 @@ def linear(
     ]
     grid = (-(-N // (16 * rows)), -(-M // (8 * cols)))
     device.launch(kernel(weight, out, rows, cols), grid, THREADS, [*args, int(accumulate)])
+
+
+def embedding_kernel(weight: CudaMatrix, out: str) -> Kernel:
+    """The instance for this weight."""
+    number, scale = NUMBERS[weight.format], weight.scale_type
+    return instance("embedding.cu", "embedding", weight.dtype, out, number, scale, weight.group)
+
+
+def embedding(
+    device: Device, weight: CudaMatrix, ids_T: Array, out_TE: Array, first_row: int = 0, scale: float = 1.0
+) -> None:
+    """out[t] = scale * weight[ids[t] - first_row]; zeros where that is outside of 0..N. ids: int32.
+
+    With ids 0..N it dequantises the matrix. out: float32 or the type that the weight was packed for.
+    """
+    T, (N, E) = dimensions("ids", ids_T, 1)[0], weight.shape
+    check("ids", ids_T, (T,), "int32")
+    out = check("out", out_TE, (T, E), weight.dtype, "float32")
+    if T and E:
+        args = [
+            weight.codes,
+            weight.scales,
+            weight.gather,
+            ids_T,
+            out_TE,
+            N,
+            E,
+            weight.columns,
+            weight.k_tiles,
+        ]
+        grid = (T, -(-weight.columns // (4 * THREADS)))
+        device.launch(embedding_kernel(weight, out), grid, THREADS, [*args, first_row, float(scale)])
+
+
+def take_columns_kernel() -> Kernel:
+    """The one instance."""
+    return instance("take_columns.cu", "take_columns")
+
+
+def take_columns(device: Device, x_MK: Array, gather: Array, out_MC: Array) -> None:
+    """out[m][c] = x[m][gather[c]], zero where gather is -1: x in the order of a weight's groups. 16-bit types."""
+    (M, K), C = dimensions("x", x_MK, 2), dimensions("gather", gather, 1)[0]
+    kind = check("x", x_MK, (M, K), *ACTIVATIONS)
+    check("gather", gather, (C,), "int32")
+    check("out", out_MC, (M, C), kind)
+    if M and C:
+        device.launch(take_columns_kernel(), (M, -(-C // THREADS)), THREADS, [x_MK, gather, out_MC, K, C])

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flm.kernels.backend import HeadNorm
 from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions
 from flm.kernels.cuda.kernel import Device, Kernel, instance
 from flm.kernels.errors import DTypeError, ShapeError
@@ -95,9 +96,12 @@ def rope_kv_write(
     sin_PR: Array,
     cache: CudaCache,
     q_out_THD: Array,
+    head_norm: HeadNorm | None = None,
+    q_scale_P: Array | None = None,
 ) -> None:
     """Rotate q and k (column d pairs with d + R; from 2R on they stay), store k and v, put q in q_out.
 
+    head_norm: every head of q and k is normed before. q_scale: q is multiplied by q_scale[position] after.
     qkv and q_out: float16 or bfloat16; tables float32; positions and slots int32, slot -1: nothing stored.
     """
     T, H, D = dimensions("q_out", q_out_THD, 3)
@@ -112,6 +116,10 @@ def rope_kv_write(
         check(name, array, (T,), "int32")
     for name, array in (("cos", cos_PR), ("sin", sin_PR)):
         check(name, array, (P, R), "float32")
+    q_norm, k_norm, eps = (head_norm.q_D, head_norm.k_D, head_norm.eps) if head_norm else (None, None, 0.0)
+    for name, array, length in (("q_norm", q_norm, D), ("k_norm", k_norm, D), ("q_scale", q_scale_P, P)):
+        if array is not None:
+            check(name, array, (length,), "float32")
     if T:
         args = [
             qkv_TC,
@@ -124,6 +132,6 @@ def rope_kv_write(
             cache.k_scales,
             cache.v_scales,
         ]
-        args += [q_out_THD, H, J, D, R, cache.block_size]
+        args += [q_out_THD, q_norm, k_norm, q_scale_P, H, J, D, R, cache.block_size, float(eps)]
         grid = (T, -(-(H + 2 * J) // WARPS))
         device.launch(kernel(activation, cache.dtype), grid, 32 * WARPS, args)

@@ -114,6 +114,17 @@ template <>
 __device__ __forceinline__ uint32_t pair<__nv_bfloat16>(float low, float high) {
   return bits_of(__floats2bfloat162_rn(low, high));
 }
+// And back.
+template <class T>
+__device__ __forceinline__ void unpack(float& low, float& high, uint32_t both) {
+  float2 v = __half22float2(as_half2(both));
+  low = v.x, high = v.y;
+}
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(float& low, float& high, uint32_t both) {
+  float2 v = __bfloat1622float2(as_bf162(both));
+  low = v.x, high = v.y;
+}
 // Two ones in T.
 template <class T>
 constexpr uint32_t kOnes = 0x3c003c00u;

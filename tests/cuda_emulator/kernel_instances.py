@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from flm.kernels.cuda import attention, elementwise, rope
+from flm.kernels.cuda import attention, elementwise, linear, rope
 from flm.kernels.cuda.kernel import Kernel, instance
 
 
@@ -37,6 +37,10 @@ INSTANCES: dict[Kernel, int] = {
     _linear("bfloat16", "bfloat16", 9, "float", 8, 4, 1): 128,
     _linear("bfloat16", "float32", 16, "float", 0, 4, 1): 128,
     _linear("float16", "float16", 16, "float", 0, 4, 2): 128,
+    instance("embedding.cu", "embedding", "bfloat16", "float32", 4, "__half2", 8): 48,
+    instance("embedding.cu", "embedding", "bfloat16", "float32", 8, "__half2", 1): 48,
+    instance("embedding.cu", "embedding", "float16", "float16", 16, "float", 0): 40,
+    linear.take_columns_kernel(): 32,
     # attention: blocks of 128 threads, two a multiprocessor at least
     **dict.fromkeys(attention.kernels("float16", "float16", 64), 168),
     **dict.fromkeys(attention.kernels("bfloat16", "int8", 64), 168),

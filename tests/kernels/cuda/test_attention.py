@@ -42,7 +42,7 @@ def filled_cache(device, rng, J, D, kv):
     return cache, ReferenceCache(wide[0], wide[1], SIZE)
 
 
-def step(device, rng, shape, activation, kv, sequences, positions):
+def step(device, rng, shape, activation, kv, sequences, positions, slopes=None):
     """Everything that paged_attention takes, and what it must give."""
     H, J, D = shape
     cache, wide = filled_cache(device, rng, J, D, kv)
@@ -53,7 +53,7 @@ def step(device, rng, shape, activation, kv, sequences, positions):
     q = normal(rng, (len(sequences), H, D), activation)
     index, at = (guarded(np.array(v, np.int32), 4) for v in (sequences, positions))
     want = np.empty(q.shape)
-    ReferenceBackend(np.float64).paged_attention(q, wide, tables, index, at, D**-0.5, want)
+    ReferenceBackend(np.float64).paged_attention(q, wide, tables, index, at, D**-0.5, want, slopes)
     return (q, cache, tables, index, at, D**-0.5), want
 
 
@@ -67,14 +67,15 @@ def short_chunks(device, rows, D, chunk):
     )
 
 
-def check_attention(device, shape, activation, kv, chunk=32):
+def check_attention(device, shape, activation, kv, chunk=32, slopes=False):
     rng = np.random.default_rng(shape[0])
-    args, want = step(device, rng, shape, activation, kv, SEQUENCES, POSITIONS)
+    slope = guarded(rng.random(shape[0]).astype(np.float32), 4) if slopes else None
+    args, want = step(device, rng, shape, activation, kv, SEQUENCES, POSITIONS, slope)
     space = short_chunks(device, len(SEQUENCES) * shape[0], shape[2], chunk)
     results = []
     for split in (True, False):
         out = device.empty(want.shape, activation)
-        ops.paged_attention(device, *args, out, space, split)
+        ops.paged_attention(device, *args, out, space, slope, split)
         # weights in 16 bits: the error of a weighted mean of values of about 1
         assert_close(out, want, 2 * rounding(activation), 4 * rounding(activation))
         results.append(out)
@@ -87,6 +88,11 @@ def check_attention(device, shape, activation, kv, chunk=32):
 def test_attention(device, shape, activation, kv):
     device.setting, device.processors = 0, 4
     check_attention(device, shape, activation, kv)
+
+
+def test_attention_with_slopes(device):
+    device.setting = 0
+    check_attention(device, (8, 2, 64), "bfloat16", "bfloat16", slopes=True)
 
 
 def test_a_token_alone_has_the_bits_it_has_in_a_step(device):
@@ -109,7 +115,7 @@ def test_attention_under_all_schedules(device):
 @pytest.mark.parametrize(
     "edit",
     [
-        ("<= position[i >> 1] ?", "< position[i >> 1] ?"),
+        ("away <= 0 ?", "away < 0 ?"),
         ("acc[j][2 * r + 1] *= keep", "acc[j][2 * r + 1] *= 1.f"),
         ("  sum[0] = quad_sum(sum[0]);", ""),
         ("int d = 64 * c + 8 * g, row = 2 * t + (r & 1)", "int d = 64 * c + 8 * g, row = 2 * t + (r & 2)"),
@@ -128,7 +134,7 @@ def test_wrong_arguments_are_refused(device):
     args, want = step(device, rng, (4, 2, 64), "float16", "float16", [0], [3])
     out, space = device.empty(want.shape, "float16"), ops.attention_space(device, 100, 3, 64)
     with pytest.raises(ShapeError, match="a workspace of 4 rows expected, got 3"):
-        ops.paged_attention(device, *args, out, space, True)
+        ops.paged_attention(device, *args, out, space, None, True)
     with pytest.raises(DTypeError, match="out: float16 expected, got bfloat16"):
         ops.paged_attention(device, *args, device.empty(want.shape, "bfloat16"), space)
     odd = (device.empty((1, 3, 64), "float16"), *args[1:])

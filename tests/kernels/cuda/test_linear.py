@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulator import EmulatedDevice
+from emulator import EmulatedDevice, guarded
 from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, numpy_dtype, rounding, sweep
 
 from flm.kernels import quant
@@ -97,6 +98,58 @@ def device():
 def test_linear(device, activation, format, group, steps, scale):
     for device.processors, m, n, k in SHAPES:
         check_linear(device, activation, format, group, scale, m, n, k)
+
+
+def embeddings(activation, format, steps, scale):
+    return [
+        instance("embedding.cu", "embedding", activation, out, NUMBERS[format], scale, steps)
+        for out in ("float32", activation)
+    ]
+
+
+def check_embedding(device, activation, format, group, scale, gathered=False):
+    rng = np.random.default_rng(group)
+    weight = matrix(rng, 37, 300 if format == "float" else 320, format, group, scale)
+    if gathered:
+        order = rng.permutation(weight.unpacked().shape[1]).astype(np.int32)
+        weight = replace(weight, gather=np.where(order < 320, order, -1).astype(np.int32))
+    packed = pack(weight, activation, device)
+    ids = guarded(np.array([3, 40, 39, 2, 30, -1], np.int32), 4)
+    rows = weight.dequantize()
+    if format == "float":
+        rows = rows.astype(numpy_dtype(activation)).astype(np.float32)
+    inside = (ids >= 3) & (ids < 40)
+    want = np.where(inside[:, None], rows[np.where(inside, ids - 3, 0)], 0) * np.float32(1.5)
+    for out in ("float32", activation):
+        got = device.empty((6, weight.shape[1]), out)
+        ops.embedding(device, packed, ids, got, 3, 1.5)
+        assert np.array_equal(got, want.astype(numpy_dtype(out)))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_embedding(activation):
+    device = EmulatedDevice([k for f, _, steps, s in FORMATS for k in embeddings(activation, f, steps, s)])
+    for format, group, _, scale in FORMATS:
+        check_embedding(device, activation, format, group, scale)
+    check_embedding(device, activation, "int4", 128, "__half2", gathered=True)
+    edit = ("row % 16 / 8", "row % 8 / 4")
+    made = embeddings(activation, "int4", 8, "__half2")
+    assert_caught(made, edit, lambda d: check_embedding(d, activation, "int4", 128, "__half2"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_take_columns(activation):
+    kernel = ops.take_columns_kernel()
+    device, rng = EmulatedDevice([kernel]), np.random.default_rng(4)
+    gather = guarded(np.array([5, -1, 0, 0, 299, 7] * 60, np.int32), 4)
+
+    def check(device):
+        x, out = normal(rng, (3, 300), activation), device.empty((3, 360), activation)
+        ops.take_columns(device, x, gather, out)
+        assert np.array_equal(out, np.where(gather >= 0, x[:, gather], 0))
+
+    sweep(device, check)
+    assert_caught([kernel], ("from >= 0 ?", "from > 0 ?"), check)
 
 
 def test_rows_of_a_batch_have_the_bits_they_have_alone(device):

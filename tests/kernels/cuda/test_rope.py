@@ -7,6 +7,7 @@ import pytest
 from emulator import EmulatedDevice, guarded
 from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, rounding, sweep
 
+from flm.kernels.backend import HeadNorm
 from flm.kernels.cuda import rope
 from flm.kernels.errors import DTypeError, ShapeError
 from flm.kernels.reference import ReferenceBackend, ReferenceCache
@@ -27,7 +28,7 @@ def by_slot(array):
     return np.swapaxes(array, 1, 2).reshape(-1, array.shape[1], *array.shape[3:])
 
 
-def check_rope(device, shape, activation, kv, tokens=5):
+def check_rope(device, shape, activation, kv, tokens=5, normed=False):
     H, J, D, R = shape
     rng = np.random.default_rng(D)
     angles = rng.standard_normal((POSITIONS, R))
@@ -37,16 +38,20 @@ def check_rope(device, shape, activation, kv, tokens=5):
     slots = guarded(rng.permutation(BLOCKS * SIZE)[:tokens].astype(np.int32), 4)
     slots[1] = -1
     cache, q = rope.kv_cache(device, BLOCKS, SIZE, J, D, kv), device.empty((tokens, H, D), activation)
-    rope.rope_kv_write(device, qkv, positions, slots, cos, sin, cache, q)
+    extra = ()
+    if normed:
+        norms = [normal(rng, (D,), "float32") for _ in range(2)]
+        extra = (HeadNorm(*norms, 1e-6), normal(rng, (POSITIONS,), "float32"))
+    rope.rope_kv_write(device, qkv, positions, slots, cos, sin, cache, q, *extra)
 
     exact, want_q = ReferenceBackend(np.float64), np.empty((tokens, H, D))
     flat = (BLOCKS * SIZE, J, D)
     want = ReferenceCache(np.zeros(flat), np.zeros(flat), SIZE)
-    exact.rope_kv_write(qkv, positions, slots, cos, sin, want, want_q)
-    assert_close(q, want_q, rounding(activation), 1e-6)
+    exact.rope_kv_write(qkv, positions, slots, cos, sin, want, want_q, *extra)
+    assert_close(q, want_q, rounding(activation) + 1e-6, 1e-6)
     for codes, scales, expected in ((cache.k, cache.k_scales, want.k), (cache.v, cache.v_scales, want.v)):
         if kv != "int8":
-            assert_close(by_slot(codes), expected, rounding(kv), 1e-6)
+            assert_close(by_slot(codes), expected, rounding(kv) + 1e-6, 1e-6)
             continue
         largest = np.abs(expected).max(axis=-1, keepdims=True)
         assert_close(by_slot(scales), largest[..., 0] / 127, 1e-6, 1e-8)
@@ -60,6 +65,12 @@ def test_rope_kv_write(device, shape, activation, kv):
     check_rope(device, shape, activation, kv)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_heads_are_normed_and_queries_scaled(device, activation):
+    check_rope(device, SHAPES[0], activation, activation, normed=True)
+    check_rope(device, SHAPES[2], activation, activation, normed=True)
+
+
 def test_rope_under_all_schedules(device):
     sweep(device, lambda d: check_rope(d, SHAPES[2], "float16", "int8"))
 
@@ -71,7 +82,7 @@ def test_rope_under_all_schedules(device):
         (("(key ? 0 : J)", "0"), "float16"),
         (("head >= H && slot < 0", "head >= H && slot < -1"), "float16"),
         (("  most = warp_max(most);", ""), "int8"),
-        (("d >= 2 * R", "d > 2 * R"), "float16"),
+        (("d < 2 * R", "d <= 2 * R"), "float16"),
     ],
 )
 def test_faults_are_seen(edit, kv):

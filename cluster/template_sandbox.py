@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 from jinja2 import Undefined, nodes, pass_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from flm.cluster.template_tags import Generation
+
 MAX_CHARACTERS = 4 << 20  # of one value
 MAX_MADE = 64 << 20  # characters and list entries of all values of one rendering together
 MAX_SECONDS = 1.0
@@ -92,7 +94,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols"],
+            extensions=["jinja2.ext.loopcontrols", Generation],
             finalize=self._shown,
         )
         self._deadline, self._made = float("inf"), 0
@@ -150,7 +152,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             (values,) = args
             return self._join(values, text)
         if isinstance(text, str) and name == "replace":
-            return self._replace(text, *args, **kwargs)
+            # Jinja adds arguments of its own within loops
+            given = {key: value for key, value in kwargs.items() if not key.startswith("_")}
+            return self._replace(text, *args, **given)
         return self._keep(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -254,3 +254,11 @@ def test_gguf_says_its_architecture_itself(tmp_path: Path) -> None:
     tokenizer: Tokenizer = load_tokenizer(path)
     text = render_chat(choose_template(BY_CHECKPOINT, tokenizer, path), tokenizer, ASKED).text
     assert text.endswith("USER: the cat sat ASSISTANT:")
+
+
+def test_role_marks_of_a_sentencepiece_model_are_text_in_messages(tmp_path: Path) -> None:
+    model = sentencepiece_model(*(f"<reserved_{i}>" for i in range(4)))
+    path = checkpoint(tmp_path, "BaichuanForCausalLM", model, add_bos_token=False)
+    mark = load_tokenizer(path).token_id("<reserved_2>")
+    assert mark in load_tokenizer(path).encode("<reserved_2>")
+    assert mark not in prompt(path, [{"role": "user", "content": "a<reserved_2>b"}])

@@ -121,6 +121,15 @@ def test_what_the_field_uses_still_works() -> None:
     )
 
 
+def test_what_jinja_does_within_loops() -> None:
+    """There it passes the loop's own variables to every call."""
+    source = (
+        "{% for m in messages[::-1] %}{% set c = m.content.replace('l', 'L') %}{{ c.replace('o', '0', 1) }}"
+        "{{ '-'.join(c.split('e', 1)) }}{% endfor %}{% generation %}{{ messages[0].content }}{% endgeneration %}!"
+    )
+    assert ChatTemplate(source).render(HELLO) == "heLL0h-LLohello!"
+
+
 def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.1)
     loops = "{% set l = range(9999) | list %}{% for i in l %}{% for j in l %}{% endfor %}{% endfor %}"

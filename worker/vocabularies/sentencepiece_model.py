@@ -7,6 +7,7 @@ every text between special tokens, as Llama's first tokenizers did; `legacy: fal
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from flm.worker.vocabularies.config import TokenizerConfig
 
 SPACE = "\u2581"  # SentencePiece's space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_ROLE_MARKS = ("<eoh>", "<eoa>")  # user-defined pieces that end a turn: InternLM's
+# User-defined pieces that begin or end a turn: InternLM's and Baichuan's.
+_ROLE_MARKS = re.compile(r"<eoh>|<eoa>|<reserved_\d+>")
 Model = Any  # a ModelProto; the generated module has no types
 
 
@@ -71,7 +73,7 @@ def own_tokens(model: Model) -> dict[str, AddedToken]:
     return {
         piece.piece: AddedToken(i)
         for i, piece in enumerate(model.pieces)
-        if piece.type in (UNKNOWN, CONTROL) or (piece.type == USER_DEFINED and piece.piece in _ROLE_MARKS)
+        if piece.type in (UNKNOWN, CONTROL) or (piece.type == USER_DEFINED and _ROLE_MARKS.fullmatch(piece.piece))
     }
 
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flm.cluster.cli import bench, chat, down, events, generate, plan, replicas, status, up
+from flm.cluster.cli import bench, chat, down, events, generate, models, plan, replicas, status, up
 from flm.worker.errors import FlmError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ for command in (
     replicas.restart,
     events.events,
     plan.plan,
+    models.models,
     generate.generate,
     chat.chat,
     bench.bench,

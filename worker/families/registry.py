@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from flm.worker.config import ModelConfig
+from flm.worker.errors import CheckpointError
 from flm.worker.families import gguf, hub
 from flm.worker.families.baichuan import BAICHUAN
 from flm.worker.families.bloom import BLOOM
@@ -20,6 +21,7 @@ from flm.worker.families.minicpm import GRANITE, MINICPM
 from flm.worker.families.moss import MOSS
 from flm.worker.families.qwen import QWEN, QWEN2, QWEN3
 from flm.worker.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from flm.worker.families.support import GLM_130B, SUPPORT
 from flm.worker.gguf_file import GGUFFile
 
 FAMILIES = (
@@ -33,6 +35,8 @@ def read_config(directory: Path) -> tuple[ModelConfig, Family]:
 
     Raises CheckpointError naming the file, the field and what was expected; for an unknown architecture also the
     nearest supported one."""
+    if not (directory / "config.json").exists() and any(directory.glob("**/mp_rank_*.pt")):
+        raise CheckpointError(str(directory), GLM_130B)
     fields = read_json(directory / "config.json")
     family = _family(fields)
     return hub.validated(family.read(fields), fields), family
@@ -50,6 +54,9 @@ def _family(fields: Fields) -> Family:
     for family in FAMILIES:
         if found in family.architectures and family.accepts(fields):
             return family
+    refused = {row.architecture: row.note for row in SUPPORT if row.verified == "refused"}
+    if found in refused:
+        raise fields.fail(f"architectures: {found!r} is not supported: {refused[found]}")
     supported = [name for family in FAMILIES for name in family.architectures]
     nearest = get_close_matches(str(found), supported, 1, cutoff=0.5)
     hint = f"; the nearest supported one is {nearest[0]}" if nearest else ""

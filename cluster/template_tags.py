@@ -10,7 +10,7 @@ from jinja2.parser import Parser
 class Generation(Extension):
     """{% generation %} … {% endgeneration %} marks what a model is trained on; here it is just what it holds."""
 
-    tags = {"generation"}  # noqa: RUF012: as the base class declares it
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -73,7 +73,8 @@ def own_tokens(model: Model) -> dict[str, AddedToken]:
     return {
         piece.piece: AddedToken(i)
         for i, piece in enumerate(model.pieces)
-        if piece.type in (UNKNOWN, CONTROL) or (piece.type == USER_DEFINED and _ROLE_MARKS.fullmatch(piece.piece))
+        if piece.type in (UNKNOWN, CONTROL)
+        or (piece.type == USER_DEFINED and _ROLE_MARKS.fullmatch(piece.piece))
     }
 
 

@@ -6,7 +6,7 @@ Shape legend: N rows (outputs), K columns (inputs).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.canonical import LM_HEAD, decoder_tensors
 from flm.worker.config import ModelConfig, Span
+from flm.worker.cut_source import SHARDS_NAME, Cut, CutSource
 from flm.worker.errors import CheckpointError
 from flm.worker.families import registry
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, same_names
 from flm.worker.families.fields import read_json
 from flm.worker.gguf_file import GGUFFile
 from flm.worker.packing.config import read_packing
 from flm.worker.packing.source import PackedSource
+from flm.worker.pickle_file import open_pickle_files
 from flm.worker.precision import fuse
 from flm.worker.recipe import Recipe, unit_rows
-from flm.worker.safetensors_file import open_safetensors
+from flm.worker.safetensors_file import TensorFile, open_safetensors
 from flm.worker.tensor_source import GGUFSource, SafetensorsSource, Storage
 
 
@@ -54,6 +56,7 @@ class Checkpoint:
     source: TensorSource
     recipes: dict[str, Recipe]
     shapes: dict[str, tuple[int, ...]]
+    cut: Cut | None = None  # where it was converted for a number of ranks
 
     def has(self, name: str) -> bool:
         return name in self.shapes
@@ -97,13 +100,30 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a Hugging Face directory or a .gguf file. Raises CheckpointError with file, expected and found."""
     if path.is_dir():
-        config, family = registry.read_config(path)
-        packing, tensors = read_packing(read_json(path / "config.json")), open_safetensors(path)
-        source = SafetensorsSource(path, tensors) if packing is None else PackedSource(path, tensors, packing)
-        return _checked(path, config, family, source)
+        if (path / SHARDS_NAME).is_file():
+            return _open_cut(path)
+        return _open_directory(path, open_safetensors(path))
     file = GGUFFile(path)
     config, family = registry.read_gguf(file)
     return _checked(path, config, family, GGUFSource(file))
+
+
+def open_pickles(path: Path) -> Checkpoint:
+    """Open a directory of PyTorch's .bin files, which only a conversion does. Raises as open_checkpoint."""
+    return _open_directory(path, open_pickle_files(path))
+
+
+def _open_directory(path: Path, tensors: Mapping[str, TensorFile]) -> Checkpoint:
+    config, family = registry.read_config(path)
+    packing = read_packing(read_json(path / "config.json"))
+    source = SafetensorsSource(path, tensors) if packing is None else PackedSource(path, tensors, packing)
+    return _checked(path, config, family, source)
+
+
+def _open_cut(path: Path) -> Checkpoint:
+    (config, family), source = registry.read_config(path), CutSource(path)
+    canonical = replace(family, recipes=same_names, optional_prefix="")
+    return replace(_checked(path, config, canonical, source), cut=source.cut)
 
 
 def _checked(path: Path, config: ModelConfig, family: Family, source: TensorSource) -> Checkpoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 32  # NumPy's
 
 # bfloat16 and float8 are given as their bits
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
     "F8_E4M3": np.dtype("u1"), "F8_E5M2": np.dtype("u1"), "F8_E8M0": np.dtype("u1"), "BOOL": np.dtype("u1"),
     "I8": np.dtype("i1"), "U8": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"),
@@ -41,6 +41,16 @@ class TensorEntry:
     nbytes: int
 
 
+class TensorFile(Protocol):
+    """A file of tensors, whatever its format."""
+
+    path: Path
+    tensors: dict[str, TensorEntry]
+
+    def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[Any]: ...
+    def drop_pages(self) -> None: ...
+
+
 class SafetensorsFile:
     """One .safetensors file, memory-mapped. Raises CheckpointError for anything that does not add up."""
 
@@ -55,9 +65,7 @@ class SafetensorsFile:
         bfloat16 and float8 come as their bits (uint16, uint8). The caller keeps spans within the shape.
         """
         entry = self.tensors[name]
-        whole = (
-            self._file.bytes_at(entry.offset, entry.nbytes).view(_DTYPES[entry.dtype]).reshape(entry.shape)
-        )
+        whole = self._file.bytes_at(entry.offset, entry.nbytes).view(DTYPES[entry.dtype]).reshape(entry.shape)
         if rows is not None:
             whole = whole[rows.start : rows.stop]
         return whole if cols is None else whole[:, cols.start : cols.stop]
@@ -104,11 +112,11 @@ class SafetensorsFile:
                 f"tensor {name!r}: up to {MAX_DIMS} sizes and two data_offsets in order, whole numbers >= 0 and "
                 f"< 2**63, expected, found {raw!r:.200}"
             )
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise self._fail(
-                f"tensor {name!r} has unknown dtype {dtype!r}; known: {', '.join(sorted(_DTYPES))}"
+                f"tensor {name!r} has unknown dtype {dtype!r}; known: {', '.join(sorted(DTYPES))}"
             )
-        want = _DTYPES[dtype].itemsize
+        want = DTYPES[dtype].itemsize
         for length in shape:
             want *= length
         if stop - start != want:
@@ -140,6 +148,13 @@ def open_safetensors(directory: Path) -> dict[str, SafetensorsFile]:
     single = directory / "model.safetensors"
     if not single.is_file():
         others = sorted(p.name for p in directory.glob("*.safetensors"))
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if not others and pickles:
+            raise CheckpointError(
+                str(directory),
+                f"holds weights as pickles ({pickles[0]}), which are programs and are never loaded; "
+                f"`flm-cluster convert {directory} NEW_DIRECTORY` reads them safely and writes safetensors",
+            )
         if len(others) != 1:
             found = ", ".join(others) or "none"
             raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from flm.kernels.quant import FLOAT_DTYPES, QuantizedMatrix, from_float, from_gg
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
 from flm.worker.gguf_file import GGUFFile
-from flm.worker.safetensors_file import SafetensorsFile
+from flm.worker.safetensors_file import TensorFile
 
 _FORMATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _DECODE_WEIGHTS = 1 << 23  # weights decoded at once: bounds the temporaries of a large matrix
@@ -46,7 +46,7 @@ class Storage:
 class SafetensorsSource:
     """Float tensors of a Hugging Face directory."""
 
-    def __init__(self, directory: Path, tensors: dict[str, SafetensorsFile]) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorFile]) -> None:
         self._directory, self._tensors = directory, tensors
 
     def names(self) -> Iterable[str]:

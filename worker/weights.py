@@ -68,7 +68,7 @@ class ModelWeights:
         """The biases of those rows; None where the model has none."""
         if not self._checkpoint.has(f"{prefix}{parts[0][0]}.bias"):
             return None
-        return np.concatenate([self._checkpoint.vector(f"{prefix}{name}.bias", span) for name, span in parts])
+        return np.concatenate([self.vector(f"{prefix}{name}.bias", span) for name, span in parts])
 
     def bias_once(self, name: str) -> Vector | None:
         """The bias of a row-parallel matrix, on rank 0 alone, since the sum over ranks must hold it once."""
@@ -78,7 +78,7 @@ class ModelWeights:
         return self._checkpoint.vector(name, span)
 
     def vector_or_none(self, name: str, span: Span | None = None) -> Vector | None:
-        return self._checkpoint.vector(name, span) if self._checkpoint.has(name) else None
+        return self.vector(name, span) if self._checkpoint.has(name) else None
 
     def drop_pages(self) -> None:
         """Take what was read so far out of the process' resident set."""
@@ -133,8 +133,14 @@ def shard_spec(
     Raises ConfigError where some rank would have no heads, no part of the MLP, no experts or no vocabulary, or where
     quantised weights cannot be cut between those heads.
     """
-    precision = parse_quantization(quantization)
+    precision, cut = parse_quantization(quantization), checkpoint.cut
     m = checkpoint.config
+    if cut is not None and (tp_size != cut.ranks or expert_parallel):
+        raise ConfigError(
+            f"{checkpoint.path} was converted for tensor_parallel: {cut.ranks}", field="tensor_parallel"
+        )
+    if cut is not None and precision.format:
+        raise ConfigError(f"{checkpoint.path} is converted already; auto expected", field="quantization")
     if not 0 <= tp_rank < tp_size:
         raise ConfigError(f"a rank below {tp_size} expected, got {tp_rank}", field="tensor_parallel")
     if tp_size > m.attention.heads:
@@ -142,7 +148,7 @@ def shard_spec(
     if expert_parallel:
         _check_experts(m, tp_size)
     widths = _cut_widths(m, expert_parallel)
-    group = _down_group(checkpoint, precision)
+    group = cut.group if cut else _down_group(checkpoint, precision)
     if any(tp_size > -(-width // group) for width in widths.values()):
         group = min(group, SMALL_GROUP)  # groups can be cut in halves exactly
     for what, width in widths.items():

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flm.cluster.cli import bench, chat, down, events, generate, models, plan, replicas, status, up
+from flm.cluster.cli import bench, chat, convert, down, events, generate, models, plan, replicas, status, up
 from flm.worker.errors import FlmError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ for command in (
     events.events,
     plan.plan,
     models.models,
+    convert.convert,
     generate.generate,
     chat.chat,
     bench.bench,

@@ -13,6 +13,7 @@ from flm.worker.packing.compressed import CompressedTensors
 from flm.worker.packing.fp8 import FP8
 from flm.worker.packing.gptq import GPTQ
 from flm.worker.packing.module import Packing
+from flm.worker.packing.prepared import METHOD, Prepared
 
 SUPPORTED = (
     "gptq (4 and 8 bits)", "awq (gemm, 4 bits)", "fp8 (e4m3)",
@@ -51,6 +52,9 @@ def _packing(found: Fields) -> Packing:
         return _fp8(found)
     if method == "compressed-tensors":
         return _compressed(found)
+    if method == METHOD:
+        columns = found.get("columns") or {}
+        return Prepared({str(name): int(width) for name, width in columns.items()})
     raise _unsupported(found, f"quantization method {method!r}")
 
 

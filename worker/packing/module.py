@@ -5,6 +5,7 @@ Shape legend: N outputs (rows), K inputs (columns).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from flm.kernels.quant import QuantizedMatrix, to_float32
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.safetensors_file import SafetensorsFile, TensorEntry
+from flm.worker.safetensors_file import TensorEntry, TensorFile
 from flm.worker.tensor_source import Storage
 
 Array = NDArray[Any]
@@ -24,7 +25,7 @@ Array = NDArray[Any]
 class Module:
     """The layer whose tensors begin with `stem`, e.g. "model.layers.0.mlp.up_proj."."""
 
-    tensors: dict[str, SafetensorsFile]
+    tensors: Mapping[str, TensorFile]
     stem: str
 
     def has(self, part: str) -> bool:

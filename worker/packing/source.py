@@ -5,7 +5,7 @@ The parts of a layer (qweight, scales, …) are hidden, and its weight is there 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from flm.kernels.errors import KernelError
@@ -14,7 +14,7 @@ from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
 from flm.worker.packing.module import Module, Packing
 from flm.worker.precision import fuse, row_pieces
-from flm.worker.safetensors_file import SafetensorsFile
+from flm.worker.safetensors_file import TensorFile
 from flm.worker.tensor_source import SafetensorsSource, Storage
 
 ROWS_APART = 64  # pieces begin at rows that every packing's words begin at
@@ -23,7 +23,7 @@ ROWS_APART = 64  # pieces begin at rows that every packing's words begin at
 class PackedSource(SafetensorsSource):
     """SafetensorsSource in which `packing` says what quantised layers hold."""
 
-    def __init__(self, directory: Path, tensors: dict[str, SafetensorsFile], packing: Packing) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorFile], packing: Packing) -> None:
         super().__init__(directory, tensors)
         self._packing = packing
         self._modules = {stem + "weight": module for stem, module in self._find(tensors)}
@@ -31,7 +31,7 @@ class PackedSource(SafetensorsSource):
         parts = {module.stem + part for module in self._modules.values() for part in packing.parts}
         self._names = [name for name in tensors if name not in parts] + list(self._modules)
 
-    def _find(self, tensors: dict[str, SafetensorsFile]) -> Iterable[tuple[str, Module]]:
+    def _find(self, tensors: Mapping[str, TensorFile]) -> Iterable[tuple[str, Module]]:
         for stem in dict.fromkeys(name.rpartition(".")[0] + "." for name in tensors):
             module = Module(tensors, stem)
             if self._packing.packs(module):

@@ -1,0 +1,127 @@
+"""Reading a checkpoint that was cut for a number of ranks.
+
+rank-RRRRR-of-NNNNN.safetensors holds what rank R of N reads, under canonical names and in the precision it runs in;
+shards.json says which rows and columns of each tensor these are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.kernels.quant import QuantizedMatrix
+from flm.worker.config import Span
+from flm.worker.errors import CheckpointError
+from flm.worker.packing.prepared import Prepared
+from flm.worker.packing.source import PackedSource
+from flm.worker.safetensors_file import SafetensorsFile
+from flm.worker.tensor_source import Storage
+
+SHARDS_NAME = "shards.json"
+Box = tuple[int, ...]  # first and last + 1 of each axis
+
+
+@dataclass(frozen=True)
+class Cut:
+    """For how many ranks a checkpoint was cut, and the group on whose borders its feed-forward widths were."""
+
+    ranks: int
+    group: int
+
+
+def rank_file(rank: int, ranks: int) -> str:
+    return f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+def box_of(*spans: Span) -> Box:
+    return tuple(bound for span in spans for bound in (span.start, span.stop))
+
+
+class CutSource:
+    """Tensors under canonical names; only the pieces that were written can be read."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / SHARDS_NAME
+        try:
+            raw = json.loads(self._path.read_text(encoding="utf-8"))
+            self.cut = Cut(int(raw["ranks"]), int(raw["group"]))
+            pieces = {
+                name: [None if box is None else tuple(box) for box in boxes]
+                for name, boxes in raw["pieces"].items()
+            }
+            columns = [{str(n): int(k) for n, k in of_rank.items()} for of_rank in raw["columns"]]
+        except OSError as error:
+            raise CheckpointError(str(self._path), f"cannot be read: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                str(self._path), f"expected ranks, group, pieces and columns: {error!r}"
+            ) from error
+        self._pieces: dict[str, list[Box | None]] = pieces
+        files = [
+            SafetensorsFile(directory / rank_file(rank, self.cut.ranks)) for rank in range(self.cut.ranks)
+        ]
+        self._ranks = [
+            PackedSource(directory, dict.fromkeys(file.tensors, file), Prepared(of_rank))
+            for file, of_rank in zip(files, columns, strict=True)
+        ]
+        self._check()
+
+    def _check(self) -> None:
+        for name, boxes in self._pieces.items():
+            for rank, box in enumerate(boxes):
+                if box is None:
+                    continue
+                shape = tuple(b - a for a, b in zip(box[::2], box[1::2], strict=True))
+                file = str(self._path.parent / rank_file(rank, self.cut.ranks))
+                if not self._ranks[rank].has(name):
+                    raise CheckpointError(file, f"tensor {name!r} {list(shape)} is missing")
+                if self._ranks[rank].shape(name) != shape:
+                    found = list(self._ranks[rank].shape(name))
+                    raise CheckpointError(
+                        file, f"tensor {name!r}: shape {list(shape)} expected, found {found}"
+                    )
+
+    def names(self) -> Iterable[str]:
+        return self._pieces
+
+    def has(self, name: str) -> bool:
+        return name in self._pieces
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        boxes = [box for box in self._pieces[name] if box is not None]
+        return tuple(max(stops) for stops in zip(*(box[1::2] for box in boxes), strict=True))
+
+    def storage(self, name: str) -> Storage:
+        """Of all pieces together; the group is the smallest one's."""
+        held = [
+            r.storage(name) for r, box in zip(self._ranks, self._pieces[name], strict=True) if box is not None
+        ]
+        smallest = min(held, key=lambda storage: storage.group)
+        return replace(smallest, nbytes=sum(storage.nbytes for storage in held))
+
+    def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
+        source = self._holder(name, rows, cols)
+        return source.matrix(name, Span(0, rows.size), Span(0, cols.size))
+
+    def vector(self, name: str, span: Span) -> NDArray[np.float32]:
+        return self._holder(name, span).vector(name, Span(0, span.size))
+
+    def drop_pages(self) -> None:
+        for source in self._ranks:
+            source.drop_pages()
+
+    def _holder(self, name: str, *spans: Span) -> PackedSource:
+        wanted: Any = box_of(*spans)
+        for source, box in zip(self._ranks, self._pieces[name], strict=True):
+            if box == wanted:
+                return source
+        raise CheckpointError(
+            str(self._path),
+            f"was cut for {self.cut.ranks} ranks, none of which reads {list(wanted)} of {name!r}",
+        )

@@ -1,0 +1,99 @@
+"""Checkpoints that `flm-cluster convert` wrote: weights as QuantizedMatrix keeps them, so that loading is reading.
+
+weight [N, bytes of a row's codes]: U8 int4, I8 int8, F8_E4M3 fp8. weight_scale and, where there are any, weight_offset
+[N, G], float16 or float32; weight_gather int32 [columns]. What their shapes cannot say stands in config.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.kernels.quant import QuantizedMatrix
+from flm.worker.config import Span
+from flm.worker.packing.module import Module
+from flm.worker.tensor_source import Storage
+
+METHOD = "flm"
+FORMATS = {"U8": "int4", "I8": "int8", "F8_E4M3": "fp8"}
+DTYPES = {
+    "int4": "U8",
+    "int8": "I8",
+    "fp8": "F8_E4M3",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+}
+_SCALE_DTYPES = {np.dtype(np.float16): "F16", np.dtype(np.float32): "F32"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """columns: K of the weights whose rows are padded or gathered, by name."""
+
+    columns: dict[str, int] = field(default_factory=dict)
+    parts: tuple[str, ...] = ("weight", "weight_scale", "weight_offset", "weight_gather")
+
+    def packs(self, module: Module) -> bool:
+        return module.has("weight_scale")
+
+    def shape(self, module: Module) -> tuple[int, int]:
+        n, codes, groups = module.shape("weight")[0], self._codes(module), module.shape("weight_scale")[1]
+        if module.shape("weight_scale") != (n, groups) or groups == 0 or codes % groups:
+            found = list(module.shape("weight_scale"))
+            raise module.fail("weight_scale", f"{n} rows of scales for {codes} codes expected, found {found}")
+        return n, self.columns.get(module.stem + "weight", codes)
+
+    def storage(self, module: Module) -> Storage:
+        self.shape(module)
+        format, group = FORMATS[module.entry("weight").dtype], self._group(module)
+        cut = 16 if module.has("weight_gather") else group
+        scales = (
+            module.nbytes(("weight_scale", "weight_offset"))
+            * 8
+            / module.shape("weight")[0]
+            / self._codes(module)
+        )
+        return Storage.of_groups(f"{format} group {group}", format, cut, module.nbytes(self.parts), scales)
+
+    def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
+        _, k = self.shape(module)
+        format, group = FORMATS[module.entry("weight").dtype], self._group(module)
+        gather: NDArray[np.int32] | None = (
+            module.read("weight_gather") if module.has("weight_gather") else None
+        )
+        groups = None if gather is not None else Span(cols.start // group, -(-cols.stop // group))
+        per = group // 2 if format == "int4" else group
+        codes = module.read("weight", rows, None if groups is None else groups.scaled(per))
+        offsets = module.scales("weight_offset", rows, groups) if module.has("weight_offset") else None
+        scales = module.scales("weight_scale", rows, groups)
+        width = cols.size if gather is None else k
+        matrix = QuantizedMatrix(format, (rows.size, width), codes, group, scales, offsets, gather)
+        return matrix if gather is None else matrix.slice_cols(cols.start, cols.stop)
+
+    def _codes(self, module: Module) -> int:
+        """Codes of a row."""
+        kind, width = module.entry("weight").dtype, module.shape("weight")[1]
+        if kind not in FORMATS:
+            raise module.fail("weight", f"one of {', '.join(FORMATS)} expected, found {kind}")
+        return width * 2 if FORMATS[kind] == "int4" else width
+
+    def _group(self, module: Module) -> int:
+        return self._codes(module) // module.shape("weight_scale")[1]
+
+
+def parts_of(name: str, matrix: QuantizedMatrix) -> tuple[list[tuple[str, str, NDArray[Any]]], int | None]:
+    """What to write for the weight with this name: (tensor, dtype, values) each, and K where `columns` must say it."""
+    parts = [(name, DTYPES[matrix.format], matrix.codes)]
+    if matrix.scales is None:
+        return parts, None
+    for ending, values in (("_scale", matrix.scales), ("_offset", matrix.offsets)):
+        if values is not None:
+            parts.append((name + ending, _SCALE_DTYPES[values.dtype], values))
+    if matrix.gather is not None:
+        parts.append((name + "_gather", "I32", matrix.gather))
+    codes = matrix.codes.shape[1] * (2 if matrix.format == "int4" else 1)
+    return parts, None if codes == matrix.shape[1] and matrix.gather is None else matrix.shape[1]

@@ -62,6 +62,7 @@ class IceTextVocabulary(SentencePieceVocabulary):
         super().__init__(model, inner, suffix=suffix)
         self._shift = shift
         self.added, self.size = added, self.size + shift
+        self.longest = max(self.longest, _MAX_BLANKS)
         self.splitter = type(self.splitter)(added)
         self.special_ids = frozenset(token.id for token in added.values())
         self._masks = {added[spelt].id for spelt in ("[MASK]", "[gMASK]")}

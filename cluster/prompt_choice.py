@@ -13,15 +13,16 @@ from pathlib import Path
 from flm.cluster.prompt_formats import FORMATS, PromptFormat, rounds
 from flm.cluster.templates import FIX_TOKEN, ChatTemplate
 from flm.worker.errors import ConfigError, FlmError
-from flm.worker.families.fields import read_json
+from flm.worker.families.fields import Fields, read_json
 from flm.worker.gguf_file import GGUFFile
 from flm.worker.tokenizer import Tokenizer
+
+TEXTS = ("pre_prompt", "user_role", "bot_role", "history_sep")  # fastllm's
 
 
 @dataclass(frozen=True)
 class PromptChoice:
-    """What cluster.yaml says: the name of a built-in format, or fastllm's four texts (pre_prompt, user_role,
-    bot_role, history_sep); nothing: the checkpoint decides."""
+    """What cluster.yaml says: the name of a built-in format, or fastllm's four texts; nothing: the checkpoint decides."""
 
     name: str = ""
     texts: tuple[str, str, str, str] | None = None
@@ -127,6 +128,9 @@ def choose_template(choice: PromptChoice, tokenizer: Tokenizer, path: Path | Non
         return _built_in("the prompt in cluster.yaml", rounds(*choice.texts), tokenizer, strict=True)
     if choice.name:
         return _built_in(f"prompt_format {choice.name}", FORMATS[choice.name], tokenizer, strict=True)
+    texts = _texts_of(path) if path is not None else None
+    if texts is not None:
+        return _built_in("the prompt in its config.json", rounds(*texts), tokenizer, strict=False)
     if tokenizer.chat_template is not None:
         return ChatTemplate(
             tokenizer.chat_template,
@@ -151,7 +155,7 @@ def _built_in(what: str, format: PromptFormat, tokenizer: Tokenizer, *, strict: 
     if problem and strict:
         raise ConfigError(f"{what} does not go with this model: {problem}")
     if problem:
-        return ChatTemplate.unusable(f"{what}, this model's own, does not go with its tokenizer: {problem}")
+        return ChatTemplate.unusable(f"{what}, this model's own, does not go with it: {problem}")
     return ChatTemplate(
         format.program,
         tokenizer.bos_token or "",
@@ -178,6 +182,19 @@ def _ids(tokenizer: Tokenizer, tokens: Iterator[str] | tuple[str, ...]) -> tuple
     """Of those that the vocabulary has."""
     found = (tokenizer.token_id(token) for token in tokens)
     return tuple(sorted({i for i in found if i is not None}))
+
+
+def _texts_of(path: Path) -> tuple[str, str, str, str] | None:
+    """The four texts that fastllm's users add to config.json, where one of them is there."""
+    try:
+        config = read_json(path / "config.json") if path.is_dir() else Fields(path, {})
+    except FlmError:  # its replicas say why
+        return None
+    texts = [config.get(name) for name in TEXTS]
+    if not any(isinstance(text, str) for text in texts):
+        return None
+    pre_prompt, user_role, bot_role, history_sep = (text if isinstance(text, str) else "" for text in texts)
+    return pre_prompt, user_role, bot_role, history_sep
 
 
 def read_facts(path: Path) -> Facts:

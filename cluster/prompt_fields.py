@@ -6,10 +6,8 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from flm.cluster.prompt_choice import PromptChoice
+from flm.cluster.prompt_choice import TEXTS, PromptChoice
 from flm.cluster.prompt_formats import FORMATS
-
-TEXTS = ("pre_prompt", "user_role", "bot_role", "history_sep")
 
 
 def _format(value: str) -> str:

@@ -132,6 +132,17 @@ def test_a_cookbook_entry(tmp_path: Path) -> None:
         prompt(path, [{"role": "system", "content": "x"}, *ASKED], choice)
 
 
+def test_texts_that_a_config_json_was_given(tmp_path: Path) -> None:
+    texts = {"user_role": "Q: ", "bot_role": "\nA: ", "pre_prompt": "<FLM_FIX_TOKEN_1>"}
+    path = checkpoint(tmp_path, "LlamaForCausalLM", chat_template="not this one", config=texts)
+    own = SentencePieceProcessor(model_proto=LLAMA)
+    assert prompt(path, ASKED) == [1, *own.encode("Q: the cat sat\nA: ")]
+    assert prompt(path, ASKED, PromptChoice("belle"))[0] != 1
+    path = checkpoint(tmp_path, "LlamaForCausalLM", config={"pre_prompt": "<FLM_FIX_TOKEN_420>"})
+    with pytest.raises(InvalidRequest, match=r"the prompt in its config.json.* an id below 420 expected"):
+        prompt(path, ASKED)
+
+
 def test_messages_cannot_give_ids(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, "BaichuanForCausalLM")
     tokenizer = load_tokenizer(path)

@@ -117,12 +117,15 @@ def test_gguf_rope_scalings(tmp_path: Path) -> None:
 
 
 BROKEN_GGUF: list[tuple[Callable[[GGUFWriter], Any], str]] = [
-    (lambda w: w.add_uint16("split.count", 2), "one part of a model split over several files"),
+    (lambda w: w.add_uint16("split.count", 2), "is the first of 2 files: a name that ends with"),
     (lambda w: w.add_expert_count(8), "mixtures of experts are not supported"),
     (lambda w: w.add_block_count(4), "tensor 'blk.3.attn_norm.weight' [64] is missing"),
-    (lambda w: w.add_string("llama.rope.scaling.type", "yarn"), "'yarn' is not supported"),
+    (lambda w: w.add_string("llama.rope.scaling.type", "longrope"), "'longrope' is not supported"),
     (lambda w: w.add_head_count_kv(3), "4 attention heads cannot be shared by 3"),
-    (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count: 16 (the head size) expected, found 8"),
+    (
+        lambda w: w.add_rope_dimension_count(18),
+        "an even rotary size of at most 16 (the head size) expected, found 18",
+    ),
     (lambda w: w.add_tensor("rope_freqs.weight", np.ones(3, np.float32)), "F32 [8] expected, found F32 [3]"),
     (lambda w: w.add_tensor("rope_freqs.weight", np.zeros(8, np.float32)), "factors > 0 expected"),
     (lambda w: w.add_string("llama.context_length", "long"), "context_length: a whole number >= 1 expected"),

@@ -2,98 +2,91 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
-from flm.worker.canonical import EMBEDDING, FINAL_NORM, LM_HEAD, decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
+from flm.worker.families import hub
 from flm.worker.families.family import Family
 from flm.worker.families.fields import Fields
+from flm.worker.families.gguf_layout import LAYOUTS, Layout, recipes
 from flm.worker.gguf_file import GGUFFile
-from flm.worker.recipe import Recipe, interleaved
 
-ARCHITECTURES = ("llama",)
 ROPE_FACTORS = "rope_freqs.weight"
-_STEMS = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_TOP = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEAD: "output.weight"}
+_BAICHUAN_LAYERS, _BAICHUAN2_VOCAB = 40, 125696  # of the 13B, which has ALiBi; of the second generation
 # tokens that end a turn; chat files often name only another one as their end of sequence
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
 
 
-def gguf_name(canonical: str) -> str:
-    """GGUF's name of a canonical tensor."""
-    if canonical in _TOP:
-        return _TOP[canonical]
-    _, _, layer, rest = canonical.split(".", 3)
-    stem, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_STEMS[stem]}.{kind}"
-
-
 def family(config: ModelConfig) -> Family:
     """The family of a GGUF file with that config."""
-    return Family(config.family, (), lambda fields: config, _recipes, (ROPE_FACTORS,))
-
-
-def _recipes(config: ModelConfig) -> dict[str, Recipe]:
-    """GGUF keeps llama's q and k rows in pairs (2i, 2i + 1); the decoder rotates halves (i, i + d / 2)."""
-    order = interleaved(config.attention.head_dim, config.attention.rope.rotary_dim)
-    turns = lambda name: ".q_proj." in name or ".k_proj." in name
-    return {
-        name: Recipe(gguf_name(name), head_order=order if turns(name) else ())
-        for name in decoder_tensors(config)
-    }
+    layout = LAYOUTS[config.family]
+    return Family(config.family, (), lambda fields: config, lambda c: recipes(c, layout), (ROPE_FACTORS,))
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
-    """The ModelConfig of a GGUF file. Raises CheckpointError for another architecture than llama."""
+    """The ModelConfig of a GGUF file. Raises CheckpointError for an architecture that is not known."""
     architecture = file.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in LAYOUTS:
         raise Fields(file.path, {}).fail(
-            f"general.architecture: {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            f"general.architecture: {architecture!r} is not supported; supported: {', '.join(LAYOUTS)}"
         )
-    prefix = architecture + "."
+    prefix, layout = architecture + ".", LAYOUTS[architecture]
     raw: dict[str, Any] = {key: file.get(key) for key in file.keys_under(prefix)}
     fields = Fields(file.path, raw, prefix)
-    if (file.get("split.count") or 0) > 1:
-        raise fields.fail(
-            "one part of a model split over several files; one file expected (llama-gguf-split --merge)"
-        )
     if fields.get("expert_count"):
-        raise fields.fail(f"{prefix}expert_count: mixtures of experts are not supported")
-    hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
-    head_dim = fields.integer("attention.key_length", hidden // heads)
+        raise fields.fail(f"{prefix}expert_count: mixtures of experts are not supported in GGUF")
     bos = _tokenizer_ids(file, "bos_token_id")
-    return ModelConfig(
+    width = fields.integer("feed_forward_length") // (2 if layout.doubled_width else 1)
+    config = ModelConfig(
         family=architecture,
-        hidden=hidden,
+        hidden=fields.integer("embedding_length"),
         layers=fields.integer("block_count"),
         vocab=_vocab(file, fields),
         max_position=fields.integer("context_length"),
         norm=NormConfig(fields.number("attention.layer_norm_rms_epsilon")),
-        attention=AttentionConfig(
-            heads=heads,
-            kv_heads=fields.integer("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            rope=_rope(file, fields, head_dim),
-            qkv_bias="blk.0.attn_q.bias" in file.tensors,
-            output_bias="blk.0.attn_output.bias" in file.tensors,
-        ),
-        feed_forward=FeedForwardConfig(
-            fields.integer("feed_forward_length"), "blk.0.ffn_gate.bias" in file.tensors
-        ),
+        attention=_attention(file, fields, layout),
+        feed_forward=FeedForwardConfig(width, "blk.0.ffn_up.bias" in file.tensors),
         tie_embeddings="output.weight" not in file.tensors,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_eos(file),
     )
+    return _with_traits(config, fields)
+
+
+def _attention(file: GGUFFile, fields: Fields, layout: Layout) -> AttentionConfig:
+    hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
+    head_dim = fields.integer("attention.key_length", hidden // heads)
+    first = "blk.0.attn_qkv" if layout.fused_qkv else "blk.0.attn_q"
+    return AttentionConfig(
+        heads=heads,
+        kv_heads=fields.integer("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rope=_rope(file, fields, head_dim),
+        qkv_bias=first + ".bias" in file.tensors,
+        output_bias="blk.0.attn_output.bias" in file.tensors,
+        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        score_scale=fields.number("attention.scale", 0.0) if fields.get("attention.scale") else 0.0,
+    )
+
+
+def _with_traits(config: ModelConfig, fields: Fields) -> ModelConfig:
+    """What an architecture has beside Llama's decoder. MiniCPM's files of 2024 leave its scales out."""
+    if config.family == "baichuan":
+        alibi = config.layers == _BAICHUAN_LAYERS
+        config = replace(config, unit_head=config.vocab == _BAICHUAN2_VOCAB)
+        if alibi:
+            config = replace(config, attention=replace(config.attention, rope=RopeConfig(), alibi=True))
+    if config.family in ("minicpm", "granite"):
+        mini = config.family == "minicpm"
+        config = replace(
+            config,
+            embedding_scale=fields.number("embedding_scale", 12.0 if mini else 1.0),
+            residual_scale=fields.number("residual_scale", 1.4 / math.sqrt(config.layers) if mini else 1.0),
+            logit_scale=1.0 / fields.number("logit_scale", config.hidden / 256 if mini else 1.0),
+        )
+    return config
 
 
 def _vocab(file: GGUFFile, fields: Fields) -> int:
@@ -103,20 +96,20 @@ def _vocab(file: GGUFFile, fields: Fields) -> int:
 
 def _rope(file: GGUFFile, fields: Fields, head_dim: int) -> RopeConfig:
     rotary_dim = fields.integer("rope.dimension_count", head_dim)
-    if rotary_dim != head_dim:
-        raise fields.fail(
-            f"llama.rope.dimension_count: {head_dim} (the head size) expected, found {rotary_dim}"
-        )
     rope = RopeConfig(theta=fields.number("rope.freq_base", 10000.0), rotary_dim=rotary_dim)
     if ROPE_FACTORS in file.tensors:
-        return RopeConfig(rope.theta, rotary_dim, "factors", factors=_factors(file, rotary_dim // 2))
+        return replace(rope, scaling="factors", factors=_factors(file, rotary_dim // 2))
     kind = fields.get("rope.scaling.type") or ("linear" if fields.get("rope.scale_linear") else "none")
     if kind == "none":
         return rope
-    if kind != "linear":
-        raise fields.fail(f"llama.rope.scaling.type {kind!r} is not supported; supported: none, linear")
-    legacy = fields.number("rope.scale_linear", 1.0)
-    return RopeConfig(rope.theta, rotary_dim, "linear", fields.number("rope.scaling.factor", legacy))
+    if kind not in ("linear", "yarn"):
+        raise fields.fail(f"rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
+    if kind == "linear":
+        return replace(rope, scaling=kind, factor=factor)
+    trained = fields.integer("rope.scaling.original_context_length", fields.integer("context_length"))
+    magnitude = hub.yarn_mscale(factor, 1.0)
+    return replace(rope, scaling=kind, factor=factor, original_max_position=trained, magnitude=magnitude)
 
 
 def _factors(file: GGUFFile, count: int) -> tuple[float, ...]:

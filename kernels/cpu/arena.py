@@ -40,7 +40,8 @@ class Arena:
 def huge(count: int) -> NDArray[np.uint8]:
     """At least `count` zero bytes from a multiple of 2 MiB on, in huge pages where the system has them."""
     size = max(1, -(-count // HUGE)) * HUGE
-    mapping = mmap.mmap(-1, size + HUGE)
+    # private: Python's default is shared memory, which most systems never put into huge pages
+    mapping = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
             mapping.madvise(mmap.MADV_HUGEPAGE)

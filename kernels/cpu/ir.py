@@ -43,6 +43,13 @@ def store(b: Builder, address: Value, value: Value, align: int = 1) -> None:
     b.store(value, b.inttoptr(address, ir.PointerType(value.type)), align=align)
 
 
+def opaque(b: Builder, value: Value) -> Value:
+    """The same int64, of which LLVM no longer knows where it came from: what is loaded through it is loaded again rather
+    than kept in registers that a loop has not got."""
+    kind = ir.FunctionType(I64, [I64])
+    return b.asm(kind, "", "=r,0", [value], side_effect=False)
+
+
 def splat(b: Builder, scalar: Value) -> Value:
     """The scalar in all lanes."""
     kind = ir.VectorType(scalar.type, LANES)

@@ -12,7 +12,7 @@ as code * 2^(4j), and x arrives divided by 2^(4j) (exact), which saves the shift
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from numba import types
@@ -29,6 +29,7 @@ from flm.kernels.cpu.ir import (
     i64,
     load,
     load_f32,
+    opaque,
     prefetch,
     splat,
     store,
@@ -39,8 +40,8 @@ MAX_TOKENS = 6
 PREFETCH_TOKENS = (
     2  # up to this many tokens memory is the limit; the hardware's own prefetching stops at page ends
 )
-PREFETCH_BYTES = 2048
-PREFETCH_SCALES = 512
+PREFETCH_BYTES = 4096
+PREFETCH_SCALES = 1024
 INT4, INT8, FLOAT32, FLOAT16, BFLOAT16, FLOAT8 = range(6)
 WIDTH = (4, 1, 4, 2, 2, 1)  # bytes an output takes in one row of codes (a row is 8 k for int4)
 STEPS = (8, 4, 1, 1, 1, 4)  # k per round of the inner loop
@@ -69,7 +70,10 @@ def _inner(
     at = b.mul(loop.index, i64(steps))
     for j in range(steps):
         row = loop.index if form == INT4 else b.add(at, i64(j))
-        address = b.add(w, b.mul(row, w_stride))
+        if j > 0 and form == INT4 and T == 1:
+            address = opaque(b, address)  # the codes again from the first-level cache: sums need the registers
+        else:
+            address = b.add(w, b.mul(row, w_stride))
         x_at = b.shl(b.add(at, i64(j)), i64(2))
         xs = [splat(b, load(b, b.add(rows[t], x_at), F32, 4)) for t in range(T)]
         if T <= PREFETCH_TOKENS and (form != INT4 or j == 0):
@@ -80,21 +84,6 @@ def _inner(
             for t in range(T):
                 acc[t * R + r] = fma(b, weight, xs[t], acc[t * R + r])
     return loop.finish(acc)
-
-
-def _scale_vector(b: Any, address: Any, is_half: Any, r: int) -> Any:
-    """16 scales or offsets, stored as float16 or float32 by a run-time flag."""
-    with b.if_else(is_half) as (then, otherwise):
-        with then:
-            half = load_f32(b, b.add(address, i64(r * LANES * 2)), "float16")
-            from_half = b.block
-        with otherwise:
-            full = load_f32(b, b.add(address, i64(r * LANES * 4)), "float32")
-            from_full = b.block
-    phi = b.phi(VF32)
-    phi.add_incoming(half, from_half)
-    phi.add_incoming(full, from_full)
-    return phi
 
 
 def _places(b: Any, T: int, R: int, out: Any, out_stride: Any) -> list[Any]:
@@ -117,18 +106,45 @@ def _affine_body(b: Any, form: int, T: int, R: int, lane: Any, args: dict[str, A
         for table in ("scales", "offsets"):
             for line in range(0, R * LANES * 2, 64):
                 prefetch(b, b.add(b.add(args[table], scale_at), i64(PREFETCH_SCALES + line)))
-    with b.if_then(b.icmp_signed("!=", args["offsets"], i64(0))):
-        sums = [splat(b, load(b, b.add(args["xsum"], i64(4 * t)), F32, 4)) for t in range(T)]
-        for r in range(R):
-            offset = _scale_vector(b, b.add(args["offsets"], scale_at), is_half, r)
-            for t in range(T):
-                place = places[t * R + r]
-                store(b, place, fma(b, offset, sums[t], load(b, place, VF32, 4)), 4)
+    at = {table: b.add(args[table], scale_at) for table in ("scales", "offsets")}
+    xsum = [b.add(args["xsum"], i64(4 * t)) for t in range(T)]
+    for kind in _alternatives(b, is_half, ("float16", "float32")):
+        for has_offsets in _alternatives(b, b.icmp_signed("!=", args["offsets"], i64(0)), (True, False)):
+            _add_group(b, T, R, acc, places, kind, at["scales"], at["offsets"] if has_offsets else None, xsum)
+
+
+def _alternatives(b: Any, condition: Any, values: tuple[Any, Any]) -> Iterator[Any]:
+    """Both values in turn, with the builder in the branch where that one holds: decided once, outside of what follows."""
+    with b.if_else(condition) as (then, otherwise):
+        with then:
+            yield values[0]
+        with otherwise:
+            yield values[1]
+
+
+def _add_group(
+    b: Any,
+    T: int,
+    R: int,
+    acc: list[Any],
+    places: list[Any],
+    kind: str,
+    scales: Any,
+    offsets: Any | None,
+    xsum: list[Any],
+) -> None:
+    """out = fma(scale, acc, fma(offset, xsum, out)) for R * 16 outputs and T tokens; scales and offsets are of `kind`."""
+    width = 2 if kind == "float16" else 4
+    sums = [] if offsets is None else [splat(b, load(b, place, F32, 4)) for place in xsum]
     for r in range(R):
-        scale = _scale_vector(b, b.add(args["scales"], scale_at), is_half, r)
+        scale = load_f32(b, b.add(scales, i64(r * LANES * width)), kind)
+        offset = None if offsets is None else load_f32(b, b.add(offsets, i64(r * LANES * width)), kind)
         for t in range(T):
             place = places[t * R + r]
-            store(b, place, fma(b, scale, acc[t * R + r], load(b, place, VF32, 4)), 4)
+            value = load(b, place, VF32, 4)
+            if offset is not None:
+                value = fma(b, offset, sums[t], value)
+            store(b, place, fma(b, scale, acc[t * R + r], value), 4)
 
 
 def _plain_body(b: Any, form: int, T: int, R: int, lane: Any, args: dict[str, Any]) -> None:

@@ -210,11 +210,12 @@ class Backend(Protocol):
         logits_SV: Array,
         batch: SamplingBatch,
         ids_S: Array,
-        logprobs_S: Array,
+        logprobs_S: Array | None,
         top_ids_SN: Array | None = None,
         top_logprobs_SN: Array | None = None,
     ) -> None:
-        """Choose one id (int32) a row; logprobs (float32) are log_softmax of the raw logits, before any penalty.
+        """Choose one id (int32) a row; logprobs (float32) are log_softmax of the raw logits, before any penalty; None
+        where nobody asks for them, which saves a sweep over the vocabulary.
 
         top_*: the N most likely ids under the raw logits, best first, lowest id first among equals.
         Each row is a pure function of (its logits, its parameters, seed, position).

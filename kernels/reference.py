@@ -215,13 +215,15 @@ class ReferenceBackend(ReferenceClassicOps, ReferenceExpertOps, ReferenceLatentO
         logits_SV: Array,
         batch: SamplingBatch,
         ids_S: Array,
-        logprobs_S: Array,
+        logprobs_S: Array | None,
         top_ids_SN: Array | None = None,
         top_logprobs_SN: Array | None = None,
     ) -> None:
         def call() -> None:
             for s, logits in enumerate(logits_SV):
-                ids_S[s], logprobs_S[s] = sample_row(logits, batch, s)
+                ids_S[s], logprob = sample_row(logits, batch, s)
+                if logprobs_S is not None:
+                    logprobs_S[s] = logprob
                 if top_ids_SN is not None and top_logprobs_SN is not None:
                     top_ids_SN[s], top_logprobs_SN[s] = top_logprobs(logits, top_ids_SN.shape[1])
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.backend import Backend, Graph
+from flm.kernels.backend import Backend, Graph, SamplingBatch
 from flm.worker.layers.loading import StepInputs
 from flm.worker.model import Decoder
 from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
@@ -69,18 +69,19 @@ class Runner:
         self._slots_T, self._sequence_T = int32(max_tokens), int32(max_tokens)
         self._rows_S = int32(max_sequences)
         self._sampled_S, self._logprobs_S = int32(max_sequences), np.zeros(max_sequences, np.float32)
-        self._graphs: dict[int, tuple[Graph, Array]] = {}
+        self._graphs: dict[tuple[int, bool], tuple[Graph, Array]] = {}  # by tokens, greedy
         self._positions = step_positions(model.shard.model.attention, max_tokens)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Carry out one plan; a StepResult on the leader, None on the others."""
         self._apply(plan)
         tokens = self._fill(plan.scheduled)
-        rows = [i for i, item in enumerate(plan.scheduled) if item.sample]
-        logits_SV = self._forward(plan, tokens, len(rows))
+        items = [item for item in plan.scheduled if item.sample]
+        greedy = self.leader and all(self.slots[item.slot].row.plain_greedy for item in items)
+        logits_SV = self._forward(plan, tokens, len(items), greedy)
         if not self.leader:
             return None
-        return StepResult(plan.step, self._sample([plan.scheduled[i] for i in rows], logits_SV))
+        return StepResult(plan.step, self._drawn(items) if greedy else self._sample(items, logits_SV))
 
     def all_logits(self, plan: StepPlan) -> NDArray[np.float32]:
         """float32 [T, vocab]: the logits of every token that the plan computes."""
@@ -116,17 +117,20 @@ class Runner:
     def _fill(self, scheduled: list[Scheduled]) -> int:
         """Write the step's ids, positions, cache slots and sequence numbers; returns T."""
         t = 0
+        size = self.block_size
         for item in scheduled:
-            start, n = item.num_computed, item.num_tokens
-            self._ids_T[t : t + n] = self.slots[item.slot].tokens[start : start + n]
-            self._positions_T[t : t + n] = range(start, start + n) if n < 8 else np.arange(start, start + n)
-            self._sequence_T[t : t + n] = item.slot
+            slot, start, n = item.slot, item.num_computed, item.num_tokens
+            self._ids_T[t : t + n] = self.slots[slot].tokens[start : start + n]
+            self._sequence_T[t : t + n] = slot
+            if n == 1:  # decodes are many and small: plain numbers cost a tenth of array operations
+                self._positions_T[t] = start
+                self._slots_T[t] = int(self._tables_SB[slot, start // size]) * size + start % size
+            else:
+                positions = self._positions_T[t : t + n] = np.arange(start, start + n)
+                self._slots_T[t : t + n] = self._tables_SB[slot, positions // size] * size + positions % size
             if self._positions is not None:
                 self._positions.write(t, self._positions_T[t : t + n], self.slots[item.slot].positions)
             t += n
-        positions_T = self._positions_T[:t]
-        blocks_T = self._tables_SB[self._sequence_T[:t], positions_T // self.block_size]
-        self._slots_T[:t] = blocks_T * self.block_size + positions_T % self.block_size
         return t
 
     def _inputs(self, tokens: int) -> StepInputs:
@@ -145,42 +149,57 @@ class Runner:
             ids_T, positions_T, slots_T, sequence_T, self._tables_SB, visible_T, own.rows_T[:tokens], *tables
         )
 
-    def _forward(self, plan: StepPlan, tokens: int, rows: int) -> Array:
-        """Logits [S, vocab] of the rows to sample, in the order of plan.scheduled."""
+    def _forward(self, plan: StepPlan, tokens: int, rows: int, greedy: bool) -> Array:
+        """Logits [S, vocab] of the rows to sample, in the order of plan.scheduled; greedy: their ids too."""
         if tokens == len(plan.scheduled) == rows:  # each item one token, each sampled: a pure decode step
-            return self._decode(tokens)
+            return self._decode(tokens, greedy)
         ends_S = np.cumsum([item.num_tokens for item in plan.scheduled])[[s.sample for s in plan.scheduled]]
         self._rows_S[:rows] = ends_S - 1
-        h_TE = self.model.hidden(self._inputs(tokens))
-        return self.model.logits(h_TE, self._rows_S[:rows]) if rows else None
+        return self._logits(tokens, self._rows_S[:rows], greedy)
 
-    def _decode(self, tokens: int) -> Array:
+    def _logits(self, tokens: int, rows_S: Array | None, greedy: bool) -> Array:
+        """The ops of one step. rows_S None: every token is sampled."""
+        h_TE = self.model.hidden(self._inputs(tokens))
+        S = tokens if rows_S is None else len(rows_S)
+        if not S:
+            return None
+        logits_SV = self.model.logits(h_TE, rows_S)
+        if greedy:
+            self.backend.sample(logits_SV, SamplingBatch.greedy(S), self._sampled_S[:S], None)
+        return logits_SV
+
+    def _decode(self, tokens: int, greedy: bool) -> Array:
         if not self.capture:
-            return self.model.logits(self.model.hidden(self._inputs(tokens)), None)
-        if tokens not in self._graphs:
+            return self._logits(tokens, None, greedy)
+        key = tokens, greedy
+        if key not in self._graphs:
             with self.backend.capture() as graph:
-                logits_SV = self.model.logits(self.model.hidden(self._inputs(tokens)), None)
-            self._graphs[tokens] = (graph, logits_SV)
-        graph, logits_SV = self._graphs[tokens]
+                logits_SV = self._logits(tokens, None, greedy)
+            self._graphs[key] = (graph, logits_SV)
+        graph, logits_SV = self._graphs[key]
         graph.replay()
         return logits_SV
 
     def _sample(self, items: list[Scheduled], logits_SV: Array) -> list[Sampled]:
-        if not items:
-            return []
+        """Draw one id a row from the logits."""
         rows = [self.slots[item.slot].row for item in items]
-        S, tops = len(items), max(row.params.logprobs or 0 for row in rows)
-        batch = build_batch(rows)
+        S, tops = len(items), max(-1 if r.params.logprobs is None else r.params.logprobs for r in rows)
         ids_S, logprobs_S = self._sampled_S[:S], self._logprobs_S[:S]
-        top_ids_SN = np.empty((S, tops), np.int32) if tops else None
-        top_SN = np.empty((S, tops), np.float32) if tops else None
-        self.backend.sample(logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_SN)
-        sampled = [
-            Sampled(item.slot, token, logprob)
-            for item, token, logprob in zip(items, ids_S.tolist(), logprobs_S.tolist(), strict=True)
-        ]
+        top_ids_SN = np.empty((S, tops), np.int32) if tops > 0 else None
+        top_SN = np.empty((S, tops), np.float32) if tops > 0 else None
+        wanted = logprobs_S if tops >= 0 else None
+        self.backend.sample(logits_SV, build_batch(rows), ids_S, wanted, top_ids_SN, top_SN)
+        sampled = self._drawn(items)
+        if wanted is not None:
+            for out, logprob in zip(sampled, logprobs_S.tolist(), strict=True):
+                out.logprob = logprob
         if top_ids_SN is not None and top_SN is not None:
             for out, row, ids, values in zip(sampled, rows, top_ids_SN, top_SN, strict=True):
                 k = row.params.logprobs or 0
                 out.top = list(zip(ids[:k].tolist(), values[:k].tolist(), strict=True))
         return sampled
+
+    def _drawn(self, items: list[Scheduled]) -> list[Sampled]:
+        """The ids that the step's sampling left, without log-probabilities."""
+        ids = self._sampled_S[: len(items)].tolist()
+        return [Sampled(item.slot, token, 0.0) for item, token in zip(items, ids, strict=True)]

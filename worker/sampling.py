@@ -82,8 +82,11 @@ class SamplingRow:
             params.presence_penalty,
             params.frequency_penalty,
         )
+        # the most likely token and nothing else: no random number, history or log-probability is needed
+        penalised = self.floats[3:] != (1, 0, 0)
+        self.plain_greedy = self.floats[0] == 0 and not penalised and params.logprobs is None
         self.counts: TokenCounts | None = None
-        if params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0:
+        if penalised:
             self.counts = TokenCounts(token_ids[:num_prompt], token_ids[num_prompt:])
 
     def append(self, token_ids: Ids) -> None:

@@ -220,7 +220,7 @@ class CpuBackend(ClassicCalls, ExpertCalls, LatentCalls):
         logits_SV: Array,
         batch: SamplingBatch,
         ids_S: Array,
-        logprobs_S: Array,
+        logprobs_S: Array | None,
         top_ids_SN: Array | None = None,
         top_logprobs_SN: Array | None = None,
     ) -> None:
@@ -233,7 +233,7 @@ class CpuBackend(ClassicCalls, ExpertCalls, LatentCalls):
         scratch = self._scratch(area * self.threads)
         row = [check("logits", logits_SV, (S, V)), S, V, *sampling_fields(batch, S)]
         row += [check("ids", ids_S, (S,), I32), *tops, N]
-        row += [check("logprobs", logprobs_S, (S,)), address(scratch), area]
+        row += [0 if logprobs_S is None else check("logprobs", logprobs_S, (S,)), address(scratch), area]
         keep = (logits_SV, batch, ids_S, logprobs_S, top_ids_SN, top_logprobs_SN, scratch)
         self._emit("sample", row, *keep, workers=max(1, min(self.threads, S)))
 

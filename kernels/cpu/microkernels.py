@@ -68,12 +68,14 @@ def _inner(
     loop = Loop(b, rounds, acc)
     acc = list(loop.values)
     at = b.mul(loop.index, i64(steps))
+    again = None
     for j in range(steps):
         row = loop.index if form == INT4 else b.add(at, i64(j))
-        if j > 0 and form == INT4 and T == 1:
-            address = opaque(b, address)  # the codes again from the first-level cache: sums need the registers
-        else:
-            address = b.add(w, b.mul(row, w_stride))
+        address = b.add(w, b.mul(row, w_stride))
+        if form == INT4 and T == 1:
+            again = address = opaque(
+                b, again or address
+            )  # each k reads the codes anew: sums need the registers
         x_at = b.shl(b.add(at, i64(j)), i64(2))
         xs = [splat(b, load(b, b.add(rows[t], x_at), F32, 4)) for t in range(T)]
         if T <= PREFETCH_TOKENS and (form != INT4 or j == 0):

@@ -155,10 +155,15 @@ def _penalise(row, s, logits, out):  # type: ignore
 
 
 @njit
-def _first_of(logits, V, value):  # type: ignore
-    for i in range(V):
-        if logits[i] == value:
-            return np.int32(i)
+def _first_of(at, V, value):  # type: ignore
+    """The lowest id whose logit is `value`; spans that do not reach it are passed over at once."""
+    for b in range(0, V, SPAN):
+        n = min(SPAN, V - b)
+        if maximum(at + b * 4, n) == value:
+            logits = f32_at(at + b * 4, n)
+            for i in range(n):
+                if logits[i] == value:
+                    return np.int32(b + i)
     return np.int32(0)
 
 
@@ -211,7 +216,7 @@ def _choose(row, s, at, w_at, ids, counts, mass, maxima):  # type: ignore
     )
     top = maximum(at, V)
     if temperature <= 0:
-        return _first_of(logits, V, top)
+        return _first_of(at, V, top)
     weights = f32_at(w_at, V)
     factor = np.float32(1.0) / temperature
     total = exp_sum(at, w_at, V, factor, -top * factor)
@@ -226,7 +231,7 @@ def _choose(row, s, at, w_at, ids, counts, mass, maxima):  # type: ignore
         floor = np.float32(0.999) * (np.float32(1.0) - top_p) * total / np.float32(V)
     n = _gather(weights, V, maxima, spans, floor, min_p, ids)
     if n == 0:  # min_p above 1, or rounding at 1
-        return _first_of(logits, V, top)
+        return _first_of(at, V, top)
     for by_mass in range(2):  # top_k, then top_p
         wanted = float(top_k)
         if by_mass == 1:
@@ -267,21 +272,24 @@ def _sample_row(row, s, work):  # type: ignore
     counts, mass = i64_at(bins, BINS), f64_at(bins + BINS * 8, BINS)
     maxima = f32_at(bins + BINS * 16, (V + SPAN - 1) // SPAN)
     logits, adjusted = f32_at(at, V), f32_at(l_at, V)
-    top = maximum(at, V)
-    lse = np.float64(top) + log(np.float64(exp_sum(at, w_at, V, np.float32(1.0), -top)))
+    lse = 0.0
+    if row[21] != 0 or N > 0:
+        top = maximum(at, V)
+        lse = np.float64(top) + log(np.float64(exp_sum(at, w_at, V, np.float32(1.0), -top)))
     if N > 0:
         _largest(logits, V, N, i32_at(row[18] + s * N * 4, N), f32_at(row[19] + s * N * 4, N), lse)
     source = l_at if _penalise(row, s, logits, adjusted) else at
     chosen = _choose(row, s, source, w_at, ids, counts, mass, maxima)
     i32_at(row[17], S)[s] = chosen
-    f32_at(row[21], S)[s] = np.float32(logits[chosen] - lse)
+    if row[21] != 0:
+        f32_at(row[21], S)[s] = np.float32(logits[chosen] - lse)
 
 
 @cfunc(OP, cache=True)
 def sample(address, worker):  # type: ignore
     """row: 1 logits, 2 S, 3 V, 4 temperature, 5 top_k, 6 top_p, 7 min_p, 8 repetition, 9 presence, 10 frequency, 11 seed,
     12 position, 13 row_ptr, 14 token ids, 15 in_prompt, 16 output count, 17 ids out, 18 top ids, 19 top logprobs, 20 N,
-    21 logprobs out, 22 scratch, 23 bytes of it per worker."""
+    21 logprobs out or 0, 22 scratch, 23 bytes of it per worker."""
     row = i64_at(address, ROW_WIDTH)
     s = next_task(row)
     while s < row[2]:

@@ -93,6 +93,17 @@ def test_sentencepiece_ends_and_special_texts(sentencepiece: Tokenizer, tmp_path
     assert tokenizer.decode(tokenizer.encode(" cat")) == " cat"
 
 
+def test_sentencepiece_without_scores_joins_in_the_vocabularys_order(
+    sentencepiece: Tokenizer, tmp_path: Path
+) -> None:
+    def no_scores(writer: GGUFWriter) -> None:
+        del writer.kv_data[0]["tokenizer.ggml.scores"]
+
+    tokenizer = load_tokenizer(sentencepiece_gguf(tmp_path / "m.gguf", no_scores))
+    for text in (CORPUS.strip(), "shells  sells", "unknown: Ж 日"):
+        assert tokenizer.encode(text) == sentencepiece.encode(text)
+
+
 PRE_TOKENIZERS = {
     "smollm": ["1", "2", "3", "4"],
     "qwen2": ["1", "2", "3", "4"],

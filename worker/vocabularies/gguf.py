@@ -86,6 +86,8 @@ def _pieces(file: GGUFFile, tokens: list[str], types: list[int]) -> Vocabulary:
     from flm.worker.vocabularies import sentencepiece_model
 
     scores = file.get(_PREFIX + "scores")
+    if scores is None:  # XVERSE: its vocabulary is in the order in which pairs were joined
+        scores = [-float(i) for i in range(len(tokens))]
     if not isinstance(scores, list) or len(scores) != len(tokens):
         found = len(scores) if isinstance(scores, list) else scores
         raise _fail(file, f"{_PREFIX}scores: {len(tokens)} entries expected, found {found}")

@@ -74,7 +74,11 @@ def _latent_attention(hidden: int, heads: int, c: LatentConfig, prefix: str) -> 
     """The fused latent and rotary key of a token; then per head the rows that expand it to a key, and to a value."""
     tensors = _linear(prefix + "kv_a_proj", c.cached, hidden, "whole", False)
     tensors[prefix + "kv_a_layernorm.weight"] = TensorSpec((c.rank,))
-    tensors |= _linear(prefix + "kv_b_proj", heads * (c.plain + c.value), c.rank, "heads", False)
+    if c.turned_keys:
+        tensors |= _linear(prefix + "k_b_proj", heads * c.rank, c.plain, "heads", False)
+        tensors |= _linear(prefix + "v_b_proj", heads * c.value, c.rank, "heads", False)
+    else:
+        tensors |= _linear(prefix + "kv_b_proj", heads * (c.plain + c.value), c.rank, "heads", False)
     if c.query_rank:
         tensors |= _linear(prefix + "q_a_proj", c.query_rank, hidden, "whole", False)
         tensors[prefix + "q_a_layernorm.weight"] = TensorSpec((c.query_rank,))

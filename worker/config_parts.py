@@ -79,7 +79,8 @@ class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434). A token's cache entry is a latent of `rank` values and one
     rotated key for all heads. A head's query is `plain` values, then the rotary ones; its value has `value` values.
 
-    query_rank: width of the latent that queries come from; 0: they come from the hidden state.
+    query_rank: width of the latent that queries come from; 0: they come from the hidden state. turned_keys: the checkpoint
+    has the rows that make keys and values apart, the former already turned round for the query.
     """
 
     rank: int
@@ -88,6 +89,7 @@ class LatentConfig:
     value: int
     query_rank: int = 0
     norm_eps: float = 1e-6  # of the norms of both latents
+    turned_keys: bool = False
 
     @property
     def cached(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,12 @@ class GGUFSource:
         return name in self._file.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.tensors[name].shape
+        """Tensors of more dimensions, a matrix for each expert or head, are matrices one below the other; the router of a
+        shared expert, kept as a vector, is a matrix of one row."""
+        shape = self._file.tensors[name].shape
+        if len(shape) > 2:
+            return prod(shape[:-1]), shape[-1]
+        return (1, *shape) if name.endswith(".ffn_gate_inp_shexp.weight") and len(shape) == 1 else shape
 
     def storage(self, name: str) -> Storage:
         tensor = self._file.tensors[name]

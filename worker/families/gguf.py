@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
-from flm.worker.families import hub
+from flm.worker.families import gguf_experts, hub
 from flm.worker.families.family import Family
 from flm.worker.families.fields import Fields
 from flm.worker.families.gguf_layout import LAYOUTS, Layout, recipes
@@ -35,8 +35,6 @@ def read_config(file: GGUFFile) -> ModelConfig:
     prefix, layout = architecture + ".", LAYOUTS[architecture]
     raw: dict[str, Any] = {key: file.get(key) for key in file.keys_under(prefix)}
     fields = Fields(file.path, raw, prefix)
-    if fields.get("expert_count"):
-        raise fields.fail(f"{prefix}expert_count: mixtures of experts are not supported in GGUF")
     bos = _tokenizer_ids(file, "bos_token_id")
     width = fields.integer("feed_forward_length") // (2 if layout.doubled_width else 1)
     config = ModelConfig(
@@ -48,6 +46,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         norm=NormConfig(fields.number("attention.layer_norm_rms_epsilon")),
         attention=_attention(file, fields, layout),
         feed_forward=FeedForwardConfig(width, "blk.0.ffn_up.bias" in file.tensors),
+        experts=gguf_experts.experts(file, fields, architecture),
         tie_embeddings="output.weight" not in file.tensors,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=_eos(file),
@@ -58,6 +57,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
 def _attention(file: GGUFFile, fields: Fields, layout: Layout) -> AttentionConfig:
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_dim = fields.integer("attention.key_length", hidden // heads)
+    if fields.get("attention.kv_lora_rank"):
+        return gguf_experts.latent_attention(file, fields, _rope(file, fields, head_dim))
     first = "blk.0.attn_qkv" if layout.fused_qkv else "blk.0.attn_q"
     return AttentionConfig(
         heads=heads,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flm.worker.canonical import EMBEDDING, FINAL_NORM, LM_HEAD, decoder_tensors
 from flm.worker.config import ModelConfig
+from flm.worker.families import gguf_experts
 from flm.worker.families.family import thirds
 from flm.worker.recipe import Recipe, interleaved
 
@@ -48,6 +49,9 @@ LAYOUTS = {
     "minicpm": Layout(pairs=True),
     "granite": Layout(pairs=True),
     "chatglm": Layout(pairs=True, fused_qkv=True, fused_up=True),
+    "qwen2moe": Layout(pairs=False),
+    "qwen3moe": Layout(pairs=False),
+    "deepseek2": Layout(pairs=False),
 }
 
 
@@ -66,6 +70,10 @@ def recipes(config: ModelConfig, layout: Layout) -> dict[str, Recipe]:
     order = interleaved(a.head_dim, a.rope.rotary_dim or a.head_dim) if layout.pairs else ()
     found = {}
     for name in decoder_tensors(config):
+        special = gguf_experts.recipe(config, name)
+        if special is not None:
+            found[name] = special
+            continue
         own, part = gguf_name(name), name.split(".")[-2]
         head_order = order if part in ("q_proj", "k_proj") else ()
         if layout.fused_qkv and part in ("q_proj", "k_proj", "v_proj"):

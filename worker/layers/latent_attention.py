@@ -40,9 +40,14 @@ class LatentAttention:
         self.query = loading.pack(w.matrix(prefix + "q_proj.weight", shard.q_rows))
         self.latent = loading.pack(w.matrix(prefix + "kv_a_proj.weight"))
         self.latent_norm = loading.vector(w.vector(prefix + "kv_a_layernorm.weight"))
-        expand = w.matrix(prefix + "kv_b_proj.weight", shard.heads.scaled(c.plain + c.value))
-        self.key = self._ops.pack_heads(_keys(expand, c, heads))
-        self.value = self._ops.pack_heads(_values(expand, c, heads))
+        if c.turned_keys:
+            key = w.matrix(prefix + "k_b_proj.weight", shard.heads.scaled(c.rank))
+            value = w.matrix(prefix + "v_b_proj.weight", shard.heads.scaled(c.value))
+            parts = _rows_of_heads(key, heads, c.rank), _rows_of_heads(value, heads, c.value)
+        else:
+            both = w.matrix(prefix + "kv_b_proj.weight", shard.heads.scaled(c.plain + c.value))
+            parts = _keys(both, c, heads), _values(both, c, heads)
+        self.key, self.value = (self._ops.pack_heads(part) for part in parts)
         self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, shard.value_cols))
         array = loading.workspace.array
         self._query_TQ, self._kv_TC = array("query_latent", c.query_rank or 1), array("latent", c.cached)
@@ -99,6 +104,10 @@ def latent_ops(backend: Backend) -> LatentOps:
     if not isinstance(backend, LatentOps):
         raise BackendUnavailable("this device cannot run multi-head latent attention yet; use device: cpu")
     return backend
+
+
+def _rows_of_heads(matrix: QuantizedMatrix, heads: int, rows: int) -> Iterator[QuantizedMatrix]:
+    return (matrix.slice_rows(h * rows, (h + 1) * rows) for h in range(heads))
 
 
 def _keys(expand: QuantizedMatrix, c: LatentConfig, heads: int) -> Iterator[QuantizedMatrix]:

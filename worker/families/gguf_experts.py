@@ -18,6 +18,7 @@ from flm.worker.families.fields import Fields
 from flm.worker.gguf_file import GGUFFile
 from flm.worker.recipe import Recipe, interleaved
 
+ARCHITECTURES = ("qwen2moe", "qwen3moe", "deepseek2")
 _SIGMOID = 2  # of expert_gating_func
 _NORMALIZING = ("qwen3moe",)  # architectures whose files need not say so
 _STEMS = {
@@ -41,6 +42,8 @@ def experts(file: GGUFFile, fields: Fields, architecture: str) -> ExpertsConfig 
     """What the metadata says of experts; None where there are none. Layers without a router are dense."""
     if not fields.get("expert_count"):
         return None
+    if architecture not in ARCHITECTURES:
+        raise fields.fail(f"expert_count: mixtures of experts are not supported in {architecture!r}")
     layers = fields.integer("block_count")
     if layers > hub.MAX_LAYERS:
         raise fields.fail(f"block_count: at most {hub.MAX_LAYERS} expected, found {layers}")

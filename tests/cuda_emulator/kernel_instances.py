@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from flm.kernels.cuda import attention, elementwise, linear, rope
+from flm.kernels.cuda import attention, elementwise, linear, rope, sampling
 from flm.kernels.cuda.kernel import Kernel, instance
 
 
@@ -41,6 +41,7 @@ INSTANCES: dict[Kernel, int] = {
     instance("embedding.cu", "embedding", "bfloat16", "float32", 8, "__half2", 1): 48,
     instance("embedding.cu", "embedding", "float16", "float16", 16, "float", 0): 40,
     linear.take_columns_kernel(): 32,
+    sampling.kernel(): 64,
     # attention: blocks of 128 threads, two a multiprocessor at least
     **dict.fromkeys(attention.kernels("float16", "float16", 64), 168),
     **dict.fromkeys(attention.kernels("bfloat16", "int8", 64), 168),

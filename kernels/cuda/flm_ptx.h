@@ -105,6 +105,11 @@ __device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* p) {
   return v;
 }
 __device__ __forceinline__ void spin_pause() {}
+__device__ __forceinline__ int64_t clock_ns() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return static_cast<int64_t>(t);
+}
 
 }  // namespace flm
 #endif

@@ -115,6 +115,8 @@ struct State {
   uint64_t progress = 0;  // counts everything that can let another fiber move
   std::string error;
   bool eager = false;  // cp.async copies at issue, else at wait
+  int64_t now = 0;     // ns
+  bool clock_asked = false;
   sigjmp_buf fault;
 };
 inline State g;

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from flm.kernels.cuda import attention, elementwise, linear, rope, sampling
+from flm.kernels.cuda import all_reduce, attention, elementwise, linear, rope, sampling
 from flm.kernels.cuda.kernel import Kernel, instance
 
 
@@ -42,6 +42,9 @@ INSTANCES: dict[Kernel, int] = {
     instance("embedding.cu", "embedding", "float16", "float16", 16, "float", 0): 40,
     linear.take_columns_kernel(): 32,
     sampling.kernel(): 64,
+    all_reduce.kernel("bfloat16"): 64,
+    all_reduce.fused_kernel("float32", "float16"): 64,
+    all_reduce.fused_kernel("bfloat16", "bfloat16"): 64,
     # attention: blocks of 128 threads, two a multiprocessor at least
     **dict.fromkeys(attention.kernels("float16", "float16", 64), 168),
     **dict.fromkeys(attention.kernels("bfloat16", "int8", 64), 168),

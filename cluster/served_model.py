@@ -47,14 +47,7 @@ class LoadedModel:
         ends = own or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
         self._eos_token_ids = tuple(sorted({*ends, *self.template.stop_ids}))
         self._more_ends = tuple(i for i in self._eos_token_ids if i not in own)
-        self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(self._token_text)
-
-    def _token_text(self, token_id: int) -> str:
-        """Of the token within a text: decode() takes the space from the front of a whole one."""
-        pieces = self.tokenizer.pieces
-        if pieces is None:
-            return self.tokenizer.decode([token_id], False)
-        return pieces[token_id].decode("utf-8", "replace")
+        self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(tokenizer.token_text)
 
     def with_ends(self, options: Options, *, chat: bool) -> Options:
         """The options with what ends an answer besides the ids that workers know; none for ignore_eos."""

@@ -65,6 +65,12 @@ class Tokenizer:
         """How the vocabulary spells it, with its own marks for spaces and bytes."""
         return self.vocabulary.token(token_id)
 
+    def token_text(self, token_id: int) -> str:
+        """Of the token within a text: decode() takes the space from the front of a whole one."""
+        if self.pieces is None:
+            return self.decode([token_id], False)
+        return self.pieces[token_id].decode("utf-8", "replace")
+
     def split_special(self, text: str) -> Iterator[str | int]:
         """Ids of the special tokens that the text spells, and the texts between them."""
         return self._splitter.parts(text)

@@ -31,9 +31,8 @@ class ChatPrompt:
 
     @property
     def text(self) -> str:
-        shown = [
-            self.tokenizer.token(part) or "" if isinstance(part, int) else part for part in self._parts()
-        ]
+        text_of = self.tokenizer.token_text
+        shown = [text_of(part) if isinstance(part, int) else part for part in self._parts()]
         return self._restored("".join(shown))
 
     def encode(self) -> list[int]:

@@ -109,6 +109,7 @@ def _kv(demand: Demand, shapes: Shapes, shard: ShardSpec) -> KVPlan:
     dtype = DEFAULT_KV[demand.device] if demand.kv_dtype == "auto" else demand.kv_dtype
     per_token = shapes.kv_values_per_token(shard) * KV_ITEMSIZE[dtype]
     per_sequence = -(-context(demand, shapes) // demand.block_size)
-    blocks = min(demand.kv_memory // (per_token * demand.block_size), demand.max_sequences * per_sequence)
+    most = demand.max_sequences * per_sequence  # all of them where nothing is cached per token
+    blocks = min(demand.kv_memory // (per_token * demand.block_size), most) if per_token else most
     concurrency = min(blocks // per_sequence, demand.max_sequences)
     return KVPlan(per_token, blocks, blocks * demand.block_size, concurrency)

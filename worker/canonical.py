@@ -44,6 +44,9 @@ def decoder_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         tensors |= _norm(c, prefix + "input_layernorm")
         if not c.feed_forward.parallel:
             tensors |= _norm(c, prefix + "post_attention_layernorm")
+        if c.attention.recurrent:
+            tensors |= _recurrence(c, prefix)
+            continue
         tensors |= _attention(c, prefix + "self_attn.")
         if c.experts is not None and c.is_sparse(layer):
             tensors |= _experts(c.hidden, c.experts, prefix + "mlp.")
@@ -68,6 +71,25 @@ def _attention(c: ModelConfig, prefix: str) -> dict[str, TensorSpec]:
     for name in ("q_norm", "k_norm") if a.qk_norm else ():
         tensors[f"{prefix}{name}.weight"] = TensorSpec((a.head_dim,))
     return tensors | _row_parallel(prefix + "o_proj", c.hidden, q, "heads", a.output_bias)
+
+
+def _recurrence(c: ModelConfig, prefix: str) -> dict[str, TensorSpec]:
+    """RWKV-4: mixtures with the token before, decay and bonus of every channel, and a gate beside each part's matrices."""
+    hidden, inner, attention, mlp = (
+        c.hidden,
+        c.feed_forward.intermediate,
+        prefix + "self_attn.",
+        prefix + "mlp.",
+    )
+    tensors = {attention + name: TensorSpec((hidden,)) for name in ("mix_r", "mix_k", "mix_v")}
+    tensors |= {attention + name: TensorSpec((hidden,), "heads") for name in ("decay", "bonus")}
+    for name in ("r_proj", "k_proj", "v_proj"):
+        tensors |= _linear(attention + name, hidden, hidden, "heads", False)
+    tensors |= _row_parallel(attention + "o_proj", hidden, hidden, "heads", False)
+    tensors |= {mlp + name: TensorSpec((hidden,)) for name in ("mix_r", "mix_k")}
+    tensors |= _linear(mlp + "r_proj", hidden, hidden, "whole", False)
+    tensors |= _linear(mlp + "up_proj", inner, hidden, "ffn", False)
+    return tensors | _row_parallel(mlp + "down_proj", hidden, inner, "ffn", False)
 
 
 def _latent_attention(hidden: int, heads: int, c: LatentConfig, prefix: str) -> dict[str, TensorSpec]:

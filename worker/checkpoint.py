@@ -67,7 +67,8 @@ class Checkpoint:
     def storage(self, name: str) -> Storage:
         """How the tensor is stored; nbytes counts its own part of a fused one."""
         stored = self.source.storage(self.recipes[name].tensor)
-        whole = self.source.shape(self.recipes[name].tensor)[0]
+        shape = self.source.shape(self.recipes[name].tensor)
+        whole = shape[-1] if len(self.shapes[name]) == 1 else shape[0]
         return replace(stored, nbytes=stored.nbytes * self.shapes[name][0] // whole)
 
     def matrix(self, name: str, rows: Span | None = None, cols: Span | None = None) -> QuantizedMatrix:
@@ -167,6 +168,8 @@ def _check_tensors(
         if not source.has(tensor):
             raise CheckpointError(str(path), f"tensor {tensor!r} {list(expected)} is missing")
         found = source.shape(tensor)
+        if len(expected) == 1:  # RWKV keeps vectors as [1, 1, n]
+            found = found[next((i for i, n in enumerate(found[:-1]) if n != 1), len(found) - 1) :]
         if found != expected:
             raise CheckpointError(
                 str(path), f"tensor {tensor!r}: shape {list(expected)} expected, found {list(found)}"

@@ -20,6 +20,7 @@ class AttentionConfig:
     rope: RopeConfig
     qkv_bias: bool = False
     output_bias: bool = False
+    recurrent: bool = False  # no attention: RWKV-4's recurrence over heads * head_dim channels
     prefix: PrefixConfig | None = None  # None: every token sees those before it
     qk_norm: bool = False  # RMSNorm over every head of q and k, before they rotate
     alibi: bool = False  # scores fall linearly with distance (arXiv:2108.12409)
@@ -85,6 +86,11 @@ class ModelConfig:
             return "\0context " + array("i", context).tobytes().hex()
         stretched = self.attention.rope.stretch(len(prompt_ids))
         return "" if stretched == 1.0 else f"\0rope {stretched!r}"
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a sequence can begin with what another has cached; a recurrent state is only its own."""
+        return not self.attention.recurrent
 
     def uncut(self, prompt_ids: tuple[int, ...]) -> int:
         """Leading tokens of a prompt that see one another and so have to be computed in one step."""

@@ -53,6 +53,11 @@ class PromptRules(Protocol):
         """Requests share cached blocks only where this is the same for their prompts."""
         ...
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """False: what was computed of a sequence serves no other, nor itself once it was preempted."""
+        ...
+
     def uncut(self, prompt_ids: tuple[int, ...]) -> int:
         """Leading tokens that have to be computed in one step; a step must have room for them."""
         ...
@@ -60,6 +65,8 @@ class PromptRules(Protocol):
 
 class NoRules:
     """Prompts may be cut anywhere and share what they have in common."""
+
+    shares_prefixes = True
 
     def cache_key(self, prompt_ids: tuple[int, ...]) -> str:
         return ""

@@ -26,6 +26,7 @@ from flm.worker.layers.feed_forward import FeedForward
 from flm.worker.layers.latent_attention import LatentAttention
 from flm.worker.layers.loading import Loading, StepInputs, Workspace
 from flm.worker.layers.norm import Norm
+from flm.worker.layers.recurrence import ChannelMix, RecurrentState, TimeMix
 from flm.worker.weights import ModelWeights
 
 Array = Any
@@ -37,9 +38,9 @@ class Layer:
     part reads what the attention reads, and both are added together."""
 
     input_norm: Norm
-    attention: Attention | LatentAttention
+    attention: Attention | LatentAttention | TimeMix
     post_norm: Norm | None
-    feed_forward: FeedForward | Experts
+    feed_forward: FeedForward | Experts | ChannelMix
 
 
 class Decoder:
@@ -50,7 +51,7 @@ class Decoder:
         weights: ModelWeights,
         backend: Backend,
         comm: Communicator,
-        caches: list[KVCache] | list[LatentCache],
+        caches: list[KVCache] | list[LatentCache] | list[RecurrentState],
         positions: int,
         max_tokens: int,
         max_rows: int,
@@ -80,17 +81,30 @@ class Decoder:
 
     def _layer(self, loading: Loading, number: int, cache: Any) -> Layer:
         prefix, m = layer_prefix(number), self.shard.model
-        attention = LatentAttention if m.attention.latent else Attention
+        input_norm = Norm(loading, prefix + "input_layernorm")
+        post_norm = None if m.feed_forward.parallel else Norm(loading, prefix + "post_attention_layernorm")
+        attention = self._attention(loading, prefix + "self_attn.", cache)
         layer = Layer(
-            Norm(loading, prefix + "input_layernorm"),
-            attention(loading, prefix + "self_attn.", self.rotary, cache),
-            None if m.feed_forward.parallel else Norm(loading, prefix + "post_attention_layernorm"),
-            Experts(loading, prefix + "mlp.")
-            if m.is_sparse(number)
-            else FeedForward(loading, prefix + "mlp.", self.shard.intermediate),
+            input_norm, attention, post_norm, self._feed_forward(loading, prefix + "mlp.", number, cache)
         )
         loading.weights.drop_pages()
         return layer
+
+    def _attention(self, loading: Loading, prefix: str, cache: Any) -> Attention | LatentAttention | TimeMix:
+        a = self.shard.model.attention
+        if a.recurrent:
+            return TimeMix(loading, prefix, cache)
+        return (LatentAttention if a.latent else Attention)(loading, prefix, self.rotary, cache)
+
+    def _feed_forward(
+        self, loading: Loading, prefix: str, number: int, cache: Any
+    ) -> FeedForward | Experts | ChannelMix:
+        m = self.shard.model
+        if m.attention.recurrent:
+            return ChannelMix(loading, prefix, cache)
+        if m.is_sparse(number):
+            return Experts(loading, prefix)
+        return FeedForward(loading, prefix, self.shard.intermediate)
 
     def expert_counts(self) -> dict[int, NDArray[np.int64]]:
         """By layer, for those that have experts: how many tokens chose each one so far."""
@@ -112,7 +126,7 @@ class Decoder:
             if layer.post_norm is not None:
                 self.comm.all_reduce(delta_TE)
                 layer.post_norm.forward(x_TE, delta_TE, h_TE)
-            layer.feed_forward.forward(h_TE, delta_TE)
+            layer.feed_forward.forward(h_TE, delta_TE, inputs)
             self.comm.all_reduce(delta_TE)
         self.final_norm.forward(x_TE, delta_TE, h_TE)
         return h_TE

@@ -82,7 +82,12 @@ class Rank:
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
         self.num_blocks = self._count_blocks()
         self._caches = make_caches(
-            self.backend, self.shard, self.num_blocks, spec.block_size, KV_DTYPES[spec.kv_dtype]
+            self.backend,
+            self.shard,
+            self.num_blocks,
+            spec.block_size,
+            KV_DTYPES[spec.kv_dtype],
+            spec.max_sequences,
         )
         weights = load_weights(self.checkpoint, self.shard, spec.quantization, on_progress)
         self.model = Decoder(

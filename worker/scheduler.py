@@ -261,7 +261,8 @@ class Scheduler:
             if sequence is None:  # cancelled during the step
                 continue
             sequence.num_computed = computed = work.num_computed + work.num_tokens
-            sequence.table.publish(sequence.token_ids, computed)
+            if self._rules.shares_prefixes:
+                sequence.table.publish(sequence.token_ids, computed)
             if work.sample:
                 events.append(self._append(sequence, drawn[work.slot], now))
         return events

@@ -73,7 +73,11 @@ class SafetensorsSource:
         return from_float(values, self.storage(name).format)
 
     def vector(self, name: str, span: Span) -> NDArray[np.float32]:
-        return np.array(to_float32(self._tensors[name].read(name, span), self.storage(name).format))
+        return np.array(
+            to_float32(
+                self._tensors[name].read(name).reshape(-1)[span.start : span.stop], self.storage(name).format
+            )
+        )
 
     def drop_pages(self) -> None:
         for file in set(self._tensors.values()):

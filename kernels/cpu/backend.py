@@ -29,6 +29,7 @@ from flm.kernels.cpu.expert_calls import ExpertCalls
 from flm.kernels.cpu.latent_calls import LatentCalls
 from flm.kernels.cpu.layout import CHUNK
 from flm.kernels.cpu.pack import CpuMatrix, aligned, pack
+from flm.kernels.cpu.recurrent_calls import RecurrentCalls
 from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
@@ -37,7 +38,7 @@ Array = NDArray[Any]
 TILE_ROWS = 24  # query rows of one attention task
 
 
-class CpuBackend(ClassicCalls, ExpertCalls, LatentCalls):
+class CpuBackend(ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
     """threads: how many this backend's ops may use. One thread at a time may call it."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:

@@ -222,3 +222,10 @@ def test_nothing_is_lost_between_ranks(ranks: int, replicas: int, memory: int) -
     if ranks <= 3:
         assert held <= one.weight_bytes * 1.01
     assert all(rank.kv_bytes <= memory << 20 for rank in model.ranks)
+
+
+def test_a_recurrent_model_caches_nothing_per_token() -> None:
+    path = str(Path(__file__).parent.parent / "data" / "golden" / "rwkv4")
+    demand = Demand("m", path, max_sequences=3)
+    _, kv = rank_sizes(demand, read_shapes(path))
+    assert (kv.bytes_per_token, kv.concurrency) == (0, 3)

@@ -56,7 +56,9 @@ def test_company_and_cached_prefixes_change_no_token(name: str) -> None:
         (fresh,) = engine.generate([longer], params)
         assert cached.token_ids == fresh.token_ids
         assert fresh.cached_tokens == 0
-        if not engine.config.attention.rope.per_request:
+        if not engine.config.shares_prefixes:
+            assert cached.cached_tokens == 0
+        elif not engine.config.attention.rope.per_request:
             assert cached.cached_tokens >= 16
 
 

@@ -21,12 +21,13 @@ from flm.worker.families.minicpm import GRANITE, MINICPM
 from flm.worker.families.moss import MOSS
 from flm.worker.families.qwen import QWEN, QWEN2, QWEN3
 from flm.worker.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from flm.worker.families.rwkv import RWKV
 from flm.worker.families.support import GLM_130B, SUPPORT
 from flm.worker.gguf_file import GGUFFile
 
 FAMILIES = (
     LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,
-    MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE,
+    MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE, RWKV,
 )  # fmt: skip
 
 

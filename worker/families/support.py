@@ -95,6 +95,7 @@ SUPPORT = (
     Support("BloomForCausalLM", ("BELLE-7B-2M", "bigscience/bloom"), "formula"),
     Support("ChatGLMModel", ("THUDM/chatglm-6b", *_sizes("THUDM/chatglm-6b-*", "int4", "int8")), _GOLDEN, ("chatglm1",),
             "positions in two dimensions; a prompt is computed in one step"),
+    Support("RwkvForCausalLM", ("RWKV/rwkv-4-raven",), _GOLDEN, ("rwkv4",), "a state per sequence; nothing to share"),
     Support("GLM130B", ("THUDM/GLM-130B",), "refused", note=GLM_130B),
     Support("GLMModel", ("THUDM/glm-large-chinese",), "refused", note="an infilling model with learned block positions, not "
             "served as a chat model; its model_type is the same as GLM-4's"),

@@ -16,7 +16,7 @@ from flm.kernels.expert_ops import ExpertOps
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.errors import BackendUnavailable
 from flm.worker.layers.feed_forward import FeedForward
-from flm.worker.layers.loading import Loading
+from flm.worker.layers.loading import Loading, StepInputs
 
 Array = Any
 
@@ -43,11 +43,11 @@ class Experts:
         self._ids_TK = array("experts", routing.top_k, dtype=np.int32)
         self._weights_TK = array("expert_weights", routing.top_k)
 
-    def forward(self, h_TE: Array, delta_TE: Array) -> None:
+    def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:
         """delta = this rank's part of the experts' answers to h."""
         T = len(h_TE)
         if self.shared is not None:
-            self.shared.forward(h_TE, delta_TE)
+            self.shared.forward(h_TE, delta_TE, inputs)
         if self.gate is not None:
             self._backend.linear(h_TE, self.gate, self._gate_T1[:T])
             self._ops.sigmoid_scale(self._gate_T1[:T], delta_TE)

@@ -11,7 +11,7 @@ from flm.kernels.backend import Backend
 from flm.kernels.classic_ops import ClassicOps
 from flm.worker.config import Span
 from flm.worker.errors import BackendUnavailable
-from flm.worker.layers.loading import Loading
+from flm.worker.layers.loading import Loading, StepInputs
 
 Array = Any
 
@@ -34,7 +34,7 @@ class FeedForward:
         self._gate_up_TC = loading.workspace.array("gate_up", len(parts) * span.size)
         self._act_TF = loading.workspace.array("act", span.size)
 
-    def forward(self, h_TE: Array, delta_TE: Array) -> None:
+    def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:
         """delta = this rank's part of feed_forward(h), or delta += that where it runs beside the attention."""
         ops, T = self._ops, len(h_TE)
         gate_up_TC, act_TF = self._gate_up_TC[:T], self._act_TF[:T]

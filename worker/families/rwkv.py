@@ -1,0 +1,84 @@
+"""RWKV-4 (arXiv:2305.13048) as transformers names it: a recurrence in place of attention.
+
+`rescale_every` halves weights and hidden states alternately against overflow in float16; in float32 it changes nothing.
+"""
+
+from __future__ import annotations
+
+from flm.worker.canonical import decoder_tensors
+from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
+from flm.worker.families import hub
+from flm.worker.families.family import Family
+from flm.worker.families.fields import Fields
+from flm.worker.recipe import Recipe
+
+_TOP = {
+    "model.embed_tokens": "rwkv.embeddings",
+    "model.embed_norm": "rwkv.blocks.0.pre_ln",
+    "model.norm": "rwkv.ln_out",
+    "lm_head": "head",
+}
+_STEMS = {
+    "input_layernorm": "ln1",
+    "post_attention_layernorm": "ln2",
+    "self_attn.r_proj": "attention.receptance",
+    "self_attn.k_proj": "attention.key",
+    "self_attn.v_proj": "attention.value",
+    "self_attn.o_proj": "attention.output",
+    "mlp.r_proj": "feed_forward.receptance",
+    "mlp.up_proj": "feed_forward.key",
+    "mlp.down_proj": "feed_forward.value",
+}
+_VECTORS = {
+    "self_attn.decay": "attention.time_decay",
+    "self_attn.bonus": "attention.time_first",
+    "self_attn.mix_r": "attention.time_mix_receptance",
+    "self_attn.mix_k": "attention.time_mix_key",
+    "self_attn.mix_v": "attention.time_mix_value",
+    "mlp.mix_r": "feed_forward.time_mix_receptance",
+    "mlp.mix_k": "feed_forward.time_mix_key",
+}
+
+
+def _read(fields: Fields) -> ModelConfig:
+    hidden = fields.integer("hidden_size")
+    if fields.integer("attention_hidden_size", hidden) != hidden:
+        raise fields.fail(f"attention_hidden_size: {hidden} (the hidden size) expected")
+    unit = 64 if hidden % 64 == 0 and hidden >= 1024 else 16  # channels that stay together on one rank
+    if hidden % unit:
+        raise fields.fail(f"hidden_size: a multiple of {unit} expected, found {hidden}")
+    return ModelConfig(
+        family="rwkv",
+        hidden=hidden,
+        layers=fields.integer("num_hidden_layers"),
+        vocab=fields.integer("vocab_size"),
+        max_position=fields.integer("context_length", 1024),
+        norm=NormConfig(fields.number("layer_norm_epsilon", 1e-5), "layer", bias=True),
+        attention=AttentionConfig(
+            heads=hidden // unit, kv_heads=hidden // unit, head_dim=unit, rope=RopeConfig(), recurrent=True
+        ),
+        feed_forward=FeedForwardConfig(fields.integer("intermediate_size", 4 * hidden), gated=False),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        embedding_norm=True,
+        bos_token_id=hub.first_token(fields),
+        eos_token_ids=hub.end_tokens(fields),
+    )
+
+
+def _recipes(config: ModelConfig) -> dict[str, Recipe]:
+    recipes = {}
+    for name in decoder_tensors(config):
+        stem, kind = name.rsplit(".", 1)
+        if stem in _TOP:
+            recipes[name] = Recipe(f"{_TOP[stem]}.{kind}")
+            continue
+        _, _, layer, part = name.split(".", 3)
+        prefix = f"rwkv.blocks.{layer}."
+        if part in _VECTORS:
+            recipes[name] = Recipe(prefix + _VECTORS[part])
+        else:
+            recipes[name] = Recipe(f"{prefix}{_STEMS[part.rsplit('.', 1)[0]]}.{kind}")
+    return recipes
+
+
+RWKV = Family("rwkv", ("RwkvForCausalLM",), _read, _recipes)

@@ -4,8 +4,8 @@ Shape legend: T tokens of the step, S sequences or selected rows, E hidden, K in
 C columns of fused q, k, v; H query heads, J key-value heads, D head width, R = half of the rotary width, P table
 positions, V vocabulary, B blocks per table row.
 
-Activations are float32, C-contiguous, indices int32. Every op writes into outputs that the caller made with `empty`, so
-that a sequence of ops can be captured once and replayed. Arrays are the backend's own kind (NumPy on CPUs, CuPy on GPUs).
+Activations are float32 (or what `activation` says), C-contiguous, indices int32. Every op writes into outputs that the
+caller made with `empty`, so that a sequence of ops can be captured once and replayed. Arrays are the backend's own kind (NumPy on CPUs, CuPy on GPUs).
 Every op's result for one token depends on that token's row (and its cache) alone, bit for bit: not on how many other
 tokens share the step, nor on how a prompt was cut into chunks.
 
@@ -111,6 +111,11 @@ class SamplingBatch:
 
 class Backend(Protocol):
     """See the module's docstring for what holds for every op."""
+
+    @property
+    def activation(self) -> Any:
+        """The dtype of activations between ops. The residual stream, logits and all other floats are float32."""
+        ...
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """An array with arbitrary contents."""

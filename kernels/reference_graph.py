@@ -23,6 +23,8 @@ class ReferenceGraph:
 class ReferenceOps:
     """dtype: of the arithmetic, float32 or float64."""
 
+    activation = np.float32
+
     def __init__(self, dtype: Any = np.float32) -> None:
         self.dtype = np.dtype(dtype)
         self._graph: ReferenceGraph | None = None

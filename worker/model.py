@@ -70,11 +70,12 @@ class Decoder:
         self.layers = [self._layer(loading, i, cache) for i, cache in enumerate(caches)]
         self.final_norm = Norm(loading, "model.norm", gain=m.logit_scale)
         self.embedding_norm = Norm(loading, EMBEDDING_NORM) if m.embedding_norm else None
-        self._x_TE, self._delta_TE = (loading.workspace.array(name, m.hidden) for name in ("x", "delta"))
+        self._x_TE = loading.workspace.array("x", m.hidden, dtype=np.float32)
+        self._delta_TE = loading.workspace.array("delta", m.hidden)
         # where the normed value goes on, it takes the place of x
         self._h_TE = self._x_TE if m.norm.residual_factor else loading.workspace.array("h", m.hidden)
         self._embedding_scale = m.embedding_scale / m.residual_scale  # see Norm
-        self._rows_SE = backend.empty((max_rows, m.hidden))
+        self._rows_SE = backend.empty((max_rows, m.hidden), backend.activation)
         self._local_SV = backend.empty((max_rows, self.shard.vocab.size))
         self._logits_SV = self._local_SV if self.shard.tp_size == 1 else backend.empty((max_rows, m.vocab))
         self._widths = tuple(self.shard.for_rank(r).vocab.size for r in range(self.shard.tp_size))

@@ -192,11 +192,16 @@ def open_backend(device: str, threads: int) -> Backend:
         from flm.kernels.cpu.backend import CpuBackend
 
         return cast(Backend, CpuBackend(threads=threads))
+    if device == "cuda":
+        from flm.kernels.cuda.backend import CudaBackend
+        from flm.kernels.cuda.device import CupyDevice
+
+        return cast(Backend, CudaBackend(CupyDevice()))
     if device == "reference":
         from flm.kernels.reference import ReferenceBackend
 
         return cast(Backend, ReferenceBackend())
-    raise FlmError(f"device {device!r}: expected cpu")
+    raise FlmError(f"device {device!r}: expected cpu or cuda")
 
 
 def _context(spec: GroupSpec, trained: int) -> int:

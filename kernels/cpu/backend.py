@@ -41,6 +41,8 @@ TILE_ROWS = 24  # query rows of one attention task
 class CpuBackend(ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
     """threads: how many this backend's ops may use. One thread at a time may call it."""
 
+    activation = np.float32
+
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         return aligned(shape, dtype)
 

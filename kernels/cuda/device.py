@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class CupyDevice:
                 f"compute capability 8.0 or newer expected, {self.name} has {self.arch / 10}"
             )
         self._functions: dict[Kernel, Any] = {}
+        self._staged: dict[int, Any] = {}
 
     def prepare(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
         """Compile all that are not yet compiled, at once, and load them."""
@@ -69,6 +70,28 @@ class CupyDevice:
 
     def asarray(self, host: Any) -> Array:
         return self._cp.asarray(host)
+
+    def upload(self, host: Any, array: Array) -> None:
+        """array = host. The staging copy is kept until the next upload of the same array, which comes a step later."""
+        staged = self._staged[array.data.ptr] = _pinned(self._cp, host)
+        array.set(staged)
+
+    def download(self, array: Array) -> Any:
+        return self._cp.asnumpy(array)
+
+    def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
+        """The calls' launches as a CUDA graph, launched on the current stream."""
+        stream = self._cp.cuda.Stream(non_blocking=True)
+        self._cp.cuda.get_current_stream().synchronize()
+        with stream:
+            stream.begin_capture(self._cp.cuda.runtime.streamCaptureModeRelaxed)
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph = stream.end_capture()
+        graph.upload(stream)
+        return lambda: graph.launch()
 
     def _dtype(self, dtype: Any) -> Any:
         if str(dtype) != "bfloat16":
@@ -87,6 +110,14 @@ class CupyDevice:
         if shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
         function((*grid, 1, 1)[:3], (block, 1, 1), tuple(map(_argument, args)), shared_mem=shared)
+
+
+def _pinned(cp: Any, host: Any) -> Any:
+    """A page-locked copy, which the GPU reads while the host goes on."""
+    memory = cp.cuda.alloc_pinned_memory(max(host.nbytes, 1))
+    copy = np.frombuffer(memory, host.dtype, host.size).reshape(host.shape)
+    copy[...] = host
+    return copy
 
 
 def _argument(value: Any) -> Any:

@@ -26,10 +26,10 @@ def rms_norm(
 ) -> None:
     """out = x / sqrt(mean(x²) + eps) * weight, after x += delta in place where delta is given.
 
-    x: float32 or out's dtype; delta and out: float16 or bfloat16; weight: float32. out may be x.
+    x: float32 or out's dtype; delta and out: float16, bfloat16 or float32; weight: float32. out may be x.
     """
     T, E = dimensions("x", x_TE, 2)
-    activation = check("out", out_TE, (T, E), *ACTIVATIONS)
+    activation = check("out", out_TE, (T, E), *ACTIVATIONS, "float32")
     residual = check("x", x_TE, (T, E), "float32", activation)
     check("weight", weight_E, (E,), "float32")
     if delta_TE is not None:

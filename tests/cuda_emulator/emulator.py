@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +44,10 @@ Launch = tuple[Kernel, tuple[int, ...], int, Sequence[Any], int]
 
 class EmulationError(RuntimeError):
     """What the kernel did wrong, and which thread did it."""
+
+
+class DeviceArray(np.ndarray):
+    """An array in the memory of an emulated device."""
 
 
 def guarded(array: Array, align: int = 16) -> Array:
@@ -179,7 +183,8 @@ def _argument(value: Any) -> tuple[Any, str]:
 
 
 class EmulatedDevice:
-    """The Device of kernel.py for NumPy arrays. A few instances of one source are built together, all in parallel.
+    """The Device of kernel.py for NumPy arrays. A few instances of one source are built together, all in parallel; those that
+    are not listed, when they are launched.
 
     setting: the schedule of the launches to come. edits: (old, new) made in every source that has `old`, to plant a fault.
     """
@@ -209,10 +214,20 @@ class EmulatedDevice:
         """Filled with poison, ends at a guard page."""
         dtype = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
         size = int(np.prod(shape)) * dtype.itemsize
-        return guarded(np.full(size, 0xFF, np.uint8)).view(dtype).reshape(shape)
+        return guarded(np.full(size, 0xFF, np.uint8)).view(dtype).reshape(shape).view(DeviceArray)
 
     def asarray(self, host: Array) -> Array:
-        return guarded(host)
+        return guarded(host).view(DeviceArray)
+
+    def upload(self, host: Array, array: Array) -> None:
+        array[...] = host
+
+    def download(self, array: Array) -> Array:
+        return np.array(array)
+
+    def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
+        """Runs the calls at every launch: what they do not launch as kernels is not seen."""
+        return lambda: [call() for call in calls] and None
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
@@ -221,6 +236,9 @@ class EmulatedDevice:
 
     def launch_streams(self, launches: Sequence[Launch], streams: Sequence[int] | None) -> None:
         """Launches of one source. streams: one number each; streams run side by side, each in its own order."""
+        for kernel in {launch[0] for launch in launches} - set(self._where):
+            source = inlined((FOLDER / kernel.source).read_text())
+            self._where[kernel] = build(source, [kernel]), 0
         library = self._where[launches[0][0]][0]
         keep, rows, kinds, shapes = [], [], [], []
         for _, grid, block, args, _ in launches:

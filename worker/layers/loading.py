@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from flm.kernels.backend import Backend, PackedMatrix
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import ShardSpec
@@ -28,10 +26,11 @@ class Workspace:
         self._backend = backend
         self._arrays: dict[tuple[str, tuple[int, ...]], Array] = {}
 
-    def array(self, name: str, *shape: int, dtype: Any = np.float32) -> Array:
-        """[max_tokens, *shape]."""
+    def array(self, name: str, *shape: int, dtype: Any = None) -> Array:
+        """[max_tokens, *shape], of the backend's activations unless another dtype is said."""
         if (name, shape) not in self._arrays:
-            self._arrays[name, shape] = self._backend.empty((self.max_tokens, *shape), dtype)
+            kind = self._backend.activation if dtype is None else dtype
+            self._arrays[name, shape] = self._backend.empty((self.max_tokens, *shape), kind)
         return self._arrays[name, shape]
 
 

@@ -114,8 +114,8 @@ def test_faults_of_take_rows_are_seen():
 
 def test_wrong_arguments_are_refused(device):
     x, weight = device.empty((2, 16), "float16"), device.empty((16,), "float32")
-    with pytest.raises(DTypeError, match="out: float16 or bfloat16 expected, got float32"):
-        ops.rms_norm(device, x, weight, 1e-5, device.empty((2, 16), "float32"))
+    with pytest.raises(DTypeError, match="out: float16 or bfloat16 or float32 expected, got int32"):
+        ops.rms_norm(device, x, weight, 1e-5, device.empty((2, 16), "int32"))
     with pytest.raises(DTypeError, match="x: float32 or bfloat16 expected, got float16"):
         ops.rms_norm(device, x, weight, 1e-5, device.empty((2, 16), "bfloat16"))
     with pytest.raises(ShapeError, match="not C-contiguous"):

@@ -1,0 +1,201 @@
+"""CudaBackend: the Backend protocol on a GPU. Shape legend: see flm.kernels.backend.
+
+Activations are float16 or bfloat16, `activation`; the residual stream and logits are float32. Index arrays and sampling's
+results may be the host's own (NumPy): what they hold is moved when ops run, in graphs at every replay.
+
+Every op gives a token the same bits whatever else is in the step, and decode the same as prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.kernels.backend import HeadNorm, SamplingBatch
+from flm.kernels.cuda import attention, elementwise, linear, rope, sampling
+from flm.kernels.cuda.attention import AttentionSpace
+from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
+from flm.kernels.cuda.pack import CudaMatrix, pack
+from flm.kernels.cuda.rope import CudaCache
+from flm.kernels.errors import DTypeError, KernelError
+from flm.kernels.quant import QuantizedMatrix
+
+Array = Any
+
+
+class CudaBackend:
+    """One GPU's ops. activation: "float16" or "bfloat16"."""
+
+    def __init__(self, device: GraphDevice, activation: str = "bfloat16") -> None:
+        if activation not in ("float16", "bfloat16"):
+            raise DTypeError(f"float16 or bfloat16 activations expected, got {activation}")
+        self.device, self.activation = device, activation
+        self._mirrors = Mirrors(device)
+        self._graph: CudaGraph | None = None
+        self._spaces: dict[tuple[int, int, int], AttentionSpace] = {}
+        self._scratch: dict[tuple[str, tuple[int, ...]], Array] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        return self.device.empty(shape, dtype)
+
+    def asarray(self, host: NDArray[Any]) -> Array:
+        return self.device.asarray(host)
+
+    def to_host(self, array: Array) -> NDArray[Any]:
+        return self.device.download(array)
+
+    def pack(self, matrix: QuantizedMatrix) -> CudaMatrix:
+        return pack(matrix, self.activation, self.device)
+
+    def kv_cache(
+        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
+    ) -> CudaCache:
+        """float32 stands for the activations' type, which keys and values have; int8 halves it."""
+        kind = self.activation if dtype == np.float32 else np.dtype(dtype).name
+        return rope.kv_cache(self.device, num_blocks, block_size, kv_heads, head_dim, kind)
+
+    @contextmanager
+    def capture(self) -> Iterator[CudaGraph]:
+        if self._graph is not None:
+            raise KernelError("capture() inside capture()")
+        self._graph = graph = CudaGraph(self.device)
+        try:
+            yield graph
+        finally:
+            self._graph = None
+
+    def _do(self, call: Callable[[], None]) -> None:
+        if self._graph is None:
+            call()
+        else:
+            self._graph.calls.append(call)
+
+    def _on_device(self, array: Array) -> Array:
+        """The array, or the device's copy of one that the host fills."""
+        if not on_host(array):
+            return array
+        owner, copy, view = self._mirrors.view(array)
+        if self._graph is None:
+            self.device.upload(owner, copy)
+        else:
+            self._graph.inputs[id(copy)] = owner, copy
+        return view
+
+    def _room(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A buffer that ops of this name and shape share."""
+        key = name, shape
+        if key not in self._scratch:
+            self._scratch[key] = self.device.empty(shape, dtype)
+        return self._scratch[key]
+
+    def linear(
+        self,
+        x_TK: Array,
+        weight: CudaMatrix,
+        out_TN: Array,
+        bias_N: Array | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        if weight.gather is None:
+            return self._do(lambda: linear.linear(self.device, x_TK, weight, out_TN, bias_N, accumulate))
+        gathered_TC = self._room("gathered", (len(x_TK), weight.columns), self.activation)
+        self._do(lambda: linear.take_columns(self.device, x_TK, weight.gather, gathered_TC))
+        self._do(lambda: linear.linear(self.device, gathered_TC, weight, out_TN, bias_N, accumulate))
+
+    def embedding(
+        self, weight: CudaMatrix, ids_T: Array, out_TE: Array, first_row: int = 0, scale: float = 1.0
+    ) -> None:
+        ids = self._on_device(ids_T)
+        self._do(lambda: linear.embedding(self.device, weight, ids, out_TE, first_row, scale))
+
+    def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
+        self._do(lambda: elementwise.rms_norm(self.device, x_TE, weight_E, eps, out_TE))
+
+    def add_rms_norm(self, x_TE: Array, delta_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
+        self._do(lambda: elementwise.rms_norm(self.device, x_TE, weight_E, eps, out_TE, delta_TE))
+
+    def silu_mul(self, gate_up_T2F: Array, out_TF: Array) -> None:
+        self._do(lambda: elementwise.silu_mul(self.device, gate_up_T2F, out_TF))
+
+    def rope_kv_write(
+        self,
+        qkv_TC: Array,
+        positions_T: Array,
+        slots_T: Array,
+        cos_PR: Array,
+        sin_PR: Array,
+        cache: CudaCache,
+        q_out_THD: Array,
+        head_norm: HeadNorm | None = None,
+        q_scale_P: Array | None = None,
+    ) -> None:
+        positions, slots, cos, sin = map(self._on_device, (positions_T, slots_T, cos_PR, sin_PR))
+        scale = None if q_scale_P is None else self._on_device(q_scale_P)
+        self._do(
+            lambda: rope.rope_kv_write(
+                self.device, qkv_TC, positions, slots, cos, sin, cache, q_out_THD, head_norm, scale
+            )
+        )
+
+    def paged_attention(
+        self,
+        q_THD: Array,
+        cache: CudaCache,
+        block_tables_SB: Array,
+        seq_index_T: Array,
+        positions_T: Array,
+        scale: float,
+        out_THD: Array,
+        slopes_H: Array | None = None,
+    ) -> None:
+        tables, index, positions = map(self._on_device, (block_tables_SB, seq_index_T, positions_T))
+        (S, B), (_, H, D) = block_tables_SB.shape, q_THD.shape
+        key = B * cache.block_size, S * H, D
+        if key not in self._spaces:
+            self._spaces[key] = attention.attention_space(self.device, *key)
+        space = self._spaces[key]
+        self._do(
+            lambda: attention.paged_attention(
+                self.device, q_THD, cache, tables, index, positions, scale, out_THD, space, slopes_H
+            )
+        )
+
+    def take_rows(self, x_TE: Array, rows_S: Array, out_SE: Array) -> None:
+        rows = self._on_device(rows_S)
+        self._do(lambda: elementwise.take_rows(self.device, x_TE, rows, out_SE))
+
+    def sample(
+        self,
+        logits_SV: Array,
+        batch: SamplingBatch,
+        ids_S: Array,
+        logprobs_S: Array | None,
+        top_ids_SN: Array | None = None,
+        top_logprobs_SN: Array | None = None,
+    ) -> None:
+        S, V = logits_SV.shape
+        outputs = (ids_S, logprobs_S, top_ids_SN, top_logprobs_SN)
+        ids, logprobs, top_ids, tops = (
+            a if not on_host(a) else self._room(f"sampled{i}", a.shape, a.dtype)
+            for i, a in enumerate(outputs)
+        )
+        logprobs = self._room("logprobs", (S,), np.float32) if logprobs is None else logprobs
+        adjusted = self._room("adjusted", (S, V), np.float32)
+        rows = sampling.upload(self.device, batch)
+        self._do(
+            lambda: sampling.sample(self.device, logits_SV, rows, ids, logprobs, adjusted, top_ids, tops)
+        )
+        moved = [
+            (a, host)
+            for a, host in zip((ids, logprobs, top_ids, tops), outputs, strict=True)
+            if on_host(host)
+        ]
+        if self._graph is not None:
+            self._graph.outputs += moved
+            return
+        for array, host in moved:
+            host[...] = self.device.download(array)

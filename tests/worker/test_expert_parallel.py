@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ import pytest
 from flm.worker import Engine, SamplingParams
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.config import ShardSpec, Span
-from flm.worker.errors import CheckpointError, ConfigError
+from flm.worker.errors import BackendUnavailable, CheckpointError, ConfigError
+from flm.worker.layers.experts import expert_ops
+from flm.worker.layers.latent_attention import latent_ops
 from flm.worker.weights import shard_spec
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
@@ -41,6 +44,19 @@ def test_golden_logits_with_experts_spread_over_ranks(name: str) -> None:
             assert relative(whole, ref["logits"]) < 2e-4, f"{ranks} ranks"
             for chunk in (1, 5):
                 np.testing.assert_array_equal(engine.logits(ids, chunk=chunk), whole)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_logits_on_the_reference_backend(name: str) -> None:
+    ref = np.load(GOLDEN / name / "ref.npz")
+    with tiny(name, device="reference") as engine:
+        assert relative(engine.logits(ref["ids"].tolist()), ref["logits"]) < 2e-4
+
+
+def test_a_device_without_these_ops_is_refused() -> None:
+    for narrow in (expert_ops, latent_ops):
+        with pytest.raises(BackendUnavailable, match=r"this device cannot run .* yet; use device: cpu"):
+            narrow(cast(Any, object()))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "qwen3_moe"])

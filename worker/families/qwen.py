@@ -82,17 +82,17 @@ def _qwen_recipes(config: ModelConfig) -> dict[str, Recipe]:
 
 def _qwen2(fields: Fields) -> ModelConfig:
     """q, k and v have biases although no field says so."""
-    _check_window(fields)
+    check_window(fields)
     return llama.read(fields, "qwen2", qkv_bias=True)
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
-    _check_window(fields)
+    check_window(fields)
     bias = fields.flag("attention_bias", False)
     return llama.read(fields, "qwen3", qkv_bias=bias, output_bias=bias, qk_norm=True)
 
 
-def _check_window(fields: Fields) -> None:
+def check_window(fields: Fields) -> None:
     """`sliding_window` counts only where a layer uses it."""
     layers = fields.integer("num_hidden_layers")
     if fields.flag("use_sliding_window", False) and fields.integer("max_window_layers", layers) < layers:

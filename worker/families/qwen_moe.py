@@ -12,10 +12,12 @@ from flm.worker.config_parts import ExpertsConfig
 from flm.worker.families import hub, llama
 from flm.worker.families.family import Family
 from flm.worker.families.fields import Fields
+from flm.worker.families.qwen import check_window
 from flm.worker.recipe import Recipe
 
 
 def _qwen2(fields: Fields) -> ModelConfig:
+    check_window(fields)
     config = llama.read(fields, "qwen2_moe", qkv_bias=fields.flag("qkv_bias", True))
     experts = _experts(fields, fields.flag("norm_topk_prob", False))
     shared = fields.integer("shared_expert_intermediate_size")
@@ -23,6 +25,7 @@ def _qwen2(fields: Fields) -> ModelConfig:
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
+    check_window(fields)
     bias = fields.flag("attention_bias", False)
     config = llama.read(fields, "qwen3_moe", qkv_bias=bias, output_bias=bias, qk_norm=True)
     return replace(config, experts=_experts(fields, fields.flag("norm_topk_prob", False)))

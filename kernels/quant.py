@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flm.kernels.copying import stacked
 from flm.kernels.errors import DTypeError, ShapeError, UnsupportedFormat
 from flm.kernels.float8 import E4M3
 from flm.kernels.gguf_blocks import BLOCK_TYPES, TYPE_NUMBERS
@@ -284,7 +285,7 @@ def concat_rows(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
             )
         if not same_order(first, part):
             raise UnsupportedFormat("columns in one order expected, got matrices that gather differently")
-    codes = np.concatenate([p.codes for p in parts])
+    codes = stacked([p.codes for p in parts])
     shape = (sum(p.shape[0] for p in parts), first.shape[1])
     if first.scales is None:
         return replace(first, shape=shape, codes=codes)

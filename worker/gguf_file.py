@@ -91,12 +91,13 @@ class GGUFFile:
         tensor = self.tensors[name]
         blocks = tensor.shape[-1] // tensor.block
         whole = self._file.bytes_at(tensor.offset, tensor.nbytes).reshape(-1, blocks, tensor.block_bytes)
-        if rows is not None:
-            whole = whole[rows.start : rows.stop]
-        if cols is not None:
-            assert cols.start % tensor.block == 0 and cols.stop % tensor.block == 0
-            whole = whole[:, cols.start // tensor.block : cols.stop // tensor.block]
-        return whole
+        rows, cols = rows or Span(0, len(whole)), cols or Span(0, tensor.shape[-1])
+        assert cols.start % tensor.block == 0 and cols.stop % tensor.block == 0
+        held = Span(cols.start // tensor.block, cols.stop // tensor.block)
+        first, length = held.start * tensor.block_bytes, held.size * tensor.block_bytes
+        row_bytes = blocks * tensor.block_bytes
+        self._file.will_read_rows(tensor.offset, row_bytes, first, length, range(rows.start, rows.stop))
+        return whole[rows.start : rows.stop, held.start : held.stop]
 
     def drop_pages(self) -> None:
         self._file.drop_pages()

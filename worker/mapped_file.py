@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +12,46 @@ from numpy.typing import NDArray
 
 from flm.worker.errors import CheckpointError
 
+REQUEST = 128 << 10  # the least that systems read at once when they are told of a range
+
 
 class MappedFile:
-    """The bytes of one file. Pages are read when touched, and `drop_pages` gives them back to the system."""
+    """The bytes of one file. Pages are read when they are told of or touched, and `drop_pages` gives them back."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._exact = False
         try:
-            with path.open("rb") as file:
-                self.size = file.seek(0, 2)
-                if self.size == 0:
-                    raise CheckpointError(str(path), "the file is empty")
-                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._handle)
+            self.size = os.fstat(self._handle).st_size
+            if self.size == 0:
+                raise CheckpointError(str(path), "the file is empty")
+            self.data = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(str(path), f"cannot be read: {error.strerror or error}") from error
 
     def bytes_at(self, offset: int, length: int) -> NDArray[np.uint8]:
         """A view of `length` bytes from `offset` on."""
         return np.frombuffer(self.data, np.uint8, length, offset)
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Begin to read a range from the disk, and from now on nothing that no one speaks of: readahead would fetch what
+        belongs to other ranks."""
+        if not self._exact:
+            self.data.madvise(mmap.MADV_RANDOM)
+            self._exact = True
+        for start in range(offset, offset + length, REQUEST):
+            size = min(REQUEST, offset + length - start)
+            os.posix_fadvise(self._handle, start, size, os.POSIX_FADV_WILLNEED)
+
+    def will_read_rows(self, offset: int, row_bytes: int, first: int, length: int, rows: range) -> None:
+        """As will_read, `length` bytes from `first` on of each of those rows. Gaps of less than a page are read too."""
+        if row_bytes - length < mmap.PAGESIZE:
+            self.will_read(offset + rows.start * row_bytes, len(rows) * row_bytes)
+            return
+        for row in rows:
+            self.will_read(offset + row * row_bytes + first, length)
 
     def drop_pages(self) -> None:
         """Take this map's pages out of the resident set; views stay valid and read the file again."""

@@ -19,6 +19,8 @@ from flm.worker.errors import CheckpointError
 from flm.worker.mapped_file import MappedFile
 
 INDEX_NAME = "model.safetensors.index.json"
+READ_AHEAD = 64 << 20
+ENOUGH_TO_GO_ON = 3  # whole matrices in a row; a rank among others meets few
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 32  # NumPy's
 
@@ -58,6 +60,7 @@ class SafetensorsFile:
         self.path = path
         self._file = MappedFile(path)
         self.tensors = self._parse()
+        self._whole_matrices, self._told_of = 0, 0
 
     def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[Any]:
         """A view of the tensor, or of its `rows` (first axis) and `cols` (second axis): only its pages are read.
@@ -66,9 +69,30 @@ class SafetensorsFile:
         """
         entry = self.tensors[name]
         whole = self._file.bytes_at(entry.offset, entry.nbytes).view(DTYPES[entry.dtype]).reshape(entry.shape)
-        if rows is not None:
-            whole = whole[rows.start : rows.stop]
+        if rows is None and cols is None:
+            self._file.will_read(entry.offset, entry.nbytes)
+            return whole
+        rows = rows or Span(0, entry.shape[0])
+        self._read_ahead(entry, rows, cols)
+        first, last = (
+            (0, whole[0].nbytes)
+            if cols is None
+            else (cols.start * whole.itemsize, cols.stop * whole.itemsize)
+        )
+        row_bytes = entry.nbytes // max(entry.shape[0], 1)
+        self._file.will_read_rows(entry.offset, row_bytes, first, last - first, range(rows.start, rows.stop))
+        whole = whole[rows.start : rows.stop]
         return whole if cols is None else whole[:, cols.start : cols.stop]
+
+    def _read_ahead(self, entry: TensorEntry, rows: Span, cols: Span | None) -> None:
+        """A rank that reads one whole matrix after another will want what follows: the disk works on it meanwhile."""
+        whole = rows.size == entry.shape[0] and (cols is None or cols.size == entry.shape[1])
+        self._whole_matrices = self._whole_matrices + 1 if whole else 0
+        if self._whole_matrices >= ENOUGH_TO_GO_ON:
+            end = entry.offset + entry.nbytes
+            start = self._told_of if end < self._told_of < end + READ_AHEAD else end
+            self._told_of = min(end + READ_AHEAD, self._file.size)
+            self._file.will_read(start, max(self._told_of - start, 0))
 
     def drop_pages(self) -> None:
         self._file.drop_pages()

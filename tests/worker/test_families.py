@@ -57,6 +57,11 @@ def test_the_sizes_of_baichuan_say_what_it_is(
     assert (config.attention.rope.rotary_dim == 0) == alibi
 
 
+def test_a_model_type_serves_where_no_architecture_is_named(tmp_path: Path) -> None:
+    for name in ("llama31", "chatglm2", "chatglm1", "qwen1", "rwkv4", "moss"):
+        assert config_of(tmp_path, name, architectures="absent") == config_of(tmp_path, name)
+
+
 def test_qwens_first_spelling(tmp_path: Path) -> None:
     new = config_of(tmp_path, "qwen1")
     old = config_of(

@@ -89,3 +89,17 @@ def test_a_context_that_sees_itself_is_computed_in_one_step() -> None:
     logprobs = want[-1] - want[-1].max() - np.log(np.exp(want[-1] - want[-1].max()).sum())
     assert alone[0].token_ids[0] == int(logprobs.argmax())
     assert alone[0].logprobs[0].logprob == pytest.approx(logprobs.max(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["baichuan2_13b", "chatglm1", "chatglm2", "glm4_hf", "internlm2", "moss", "qwen1", "rwkv4"]
+)
+def test_rows_that_are_sought_out_are_quantised_alike_on_any_number_of_ranks(name: str) -> None:
+    """Fused and reordered rows, rounded to int8: near the golden logits, and near each other to the float's last bits."""
+    ids, want = reference(name)
+    got = []
+    for ranks in (1, 3):
+        with tiny(name, tensor_parallel=ranks, quantization="int8") as engine:
+            got.append(engine.logits(ids))
+    assert 1e-6 < relative(got[0], want) < 0.05
+    assert relative(got[1], got[0]) < 2e-5

@@ -41,6 +41,11 @@ class Family:
     optional_prefix: str = ""
     extra_layers: bool = False
 
+    @property
+    def model_type(self) -> str:
+        """config.json's other name for it."""
+        return "chatglm" if self.name == "chatglm_6b" else self.name
+
     def locate(self, config: ModelConfig, names: Iterable[str]) -> dict[str, Recipe]:
         """The recipes for a checkpoint with tensors of those names."""
         recipes, prefix = self.recipes(config), self.optional_prefix

@@ -50,10 +50,12 @@ def read_gguf(file: GGUFFile) -> tuple[ModelConfig, Family]:
 
 
 def _family(fields: Fields) -> Family:
+    """By its architecture; where config.json names none, by its model_type."""
     names = fields.get("architectures")
     found = names[0] if isinstance(names, list) and names else None
     for family in FAMILIES:
-        if found in family.architectures and family.accepts(fields):
+        meant = found in family.architectures if found else fields.get("model_type") == family.model_type
+        if meant and family.accepts(fields):
             return family
     refused = {row.architecture: row.note for row in SUPPORT if row.verified == "refused"}
     if found in refused:
@@ -61,4 +63,6 @@ def _family(fields: Fields) -> Family:
     supported = [name for family in FAMILIES for name in family.architectures]
     nearest = get_close_matches(str(found), supported, 1, cutoff=0.5)
     hint = f"; the nearest supported one is {nearest[0]}" if nearest else ""
+    if fields.get("auto_map"):
+        hint += "; the code that comes with the checkpoint (auto_map) is never run"
     raise fields.fail(f"architectures: {found!r} is not supported{hint}; supported: {', '.join(supported)}")

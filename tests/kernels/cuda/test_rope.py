@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from emulator import EmulatedDevice, guarded
-from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, rounding, sweep
+from emulator import guarded
+from kernel_checks import ACTIVATIONS, assert_caught, assert_close, normal, open_device, rounding, sweep
 
 from flm.kernels.backend import HeadNorm
 from flm.kernels.cuda import rope
@@ -20,7 +20,7 @@ BLOCKS, SIZE, POSITIONS = 3, 16, 50
 
 @pytest.fixture(scope="module")
 def device():
-    return EmulatedDevice(KERNELS)
+    return open_device(KERNELS)
 
 
 def by_slot(array):

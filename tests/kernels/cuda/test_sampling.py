@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulator import EmulatedDevice, guarded
-from kernel_checks import assert_caught, assert_close, sweep
+from emulator import guarded
+from kernel_checks import assert_caught, assert_close, open_device, sweep
 
 from flm.kernels.backend import SamplingBatch
 from flm.kernels.cuda import sampling as ops
@@ -31,7 +31,7 @@ PENALTIES = {"repetition_S": 1.3, "presence_S": 0.5, "frequency_S": 0.25}
 
 @pytest.fixture(scope="module")
 def device():
-    return EmulatedDevice([ops.kernel()])
+    return open_device([ops.kernel()])
 
 
 def make(rng, rows, vocab, history=False, **changes):

@@ -1,0 +1,146 @@
+"""Time of single kernels and of whole decode steps on a GPU, against the bytes that they must move.
+
+Weights and caches are random, made on the device: speed depends on shapes alone. Shape legend: M tokens, N outputs,
+K inputs, H query heads, J key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from flm.kernels.backend import SamplingBatch
+from flm.kernels.cuda import attention, elementwise, linear, rope, sampling
+from flm.kernels.cuda.kernel import Device
+from flm.kernels.cuda.pack import STEPS, CudaMatrix
+
+Array = Any
+Call = Callable[[], None]
+Timer = Callable[[list[Call]], float]  # mean seconds of the calls, made one after another
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the table. share: of the bandwidth that a copy reaches on this device."""
+
+    what: str
+    microseconds: float
+    gigabytes_per_second: float
+    share: float
+
+
+def random_matrix(
+    device: Device, n: int, k: int, format: str, activation: str, group: int = 128
+) -> CudaMatrix:
+    """A packed weight [n, k] with arbitrary codes and scales of about 1 / sqrt(k)."""
+    tiles = (-(-n // 16), -(-k // (16 * STEPS[format])), 32, 4)
+    rng = np.random.default_rng(n + k)
+    some = rng.integers(0, 2**32, min(int(np.prod(tiles)), 1 << 20), np.uint32)
+    if format == "float":  # small exponents, so that no sum overflows
+        some = (some & np.uint32(0x83FF83FF)) | np.uint32(
+            0x3C003C00 if activation == "bfloat16" else 0x20002000
+        )
+    codes = device.asarray(np.resize(some, tiles))
+    scales = None
+    if format != "float":
+        values = np.full((tiles[0], k // group, 16, 2), k**-0.5 / 8, np.float16)
+        scales = device.asarray(values if format == "int4" else values[..., 0].copy())
+    return CudaMatrix(
+        (n, k), format, activation, codes, scales, 0 if scales is None else group // 16, k, None
+    )
+
+
+def copies_of(make: Callable[[], Any], nbytes: int, enough: int = 256 << 20) -> list[Any]:
+    """So many of a thing that going through them leaves nothing of the first in any cache."""
+    return [make() for _ in range(max(2, min(64, -(-enough // max(nbytes, 1)))))]
+
+
+def linear_calls(
+    device: Device, n: int, k: int, m: int, format: str, activation: str, enough: int
+) -> tuple[list[Call], int]:
+    """Products of m rows with a weight, and the bytes of each."""
+    size = n * k // {"int4": 2, "int8": 1, "fp8": 1, "float": 1}[format] * (2 if format == "float" else 1)
+    weights = copies_of(lambda: random_matrix(device, n, k, format, activation), size, enough)
+    x, out = zeros(device, (m, k), activation), device.empty((m, n), activation)
+    return [lambda w=w: linear.linear(device, x, w, out) for w in weights], weights[0].nbytes + 2 * m * (
+        n + k
+    )  # type: ignore[misc]
+
+
+def zeros(device: Device, shape: tuple[int, ...], dtype: Any) -> Array:
+    array = device.empty(shape, dtype)
+    array[...] = 0
+    return array
+
+
+def attention_calls(
+    device: Device,
+    batch: int,
+    context: int,
+    heads: tuple[int, int, int],
+    kv: str,
+    activation: str,
+    enough: int,
+) -> tuple[list[Call], int]:
+    """Decode steps of `batch` sequences of `context` tokens."""
+    (H, J, D), size = heads, 16
+    blocks = -(-context // size)
+    nbytes = 2 * batch * context * J * (D * (1 if kv == "int8" else 2) + (4 if kv == "int8" else 0))
+    caches = copies_of(lambda: rope.kv_cache(device, batch * blocks, size, J, D, kv), nbytes, enough)
+    tables = device.asarray(
+        np.random.default_rng(0).permutation(batch * blocks).astype(np.int32).reshape(batch, blocks)
+    )
+    index = device.asarray(np.arange(batch, dtype=np.int32))
+    positions = device.asarray(np.full(batch, context - 1, np.int32))
+    q, out = zeros(device, (batch, H, D), activation), device.empty((batch, H, D), activation)
+    space = attention.attention_space(device, context, batch * H, D)
+    return [
+        lambda c=c: attention.paged_attention(device, q, c, tables, index, positions, D**-0.5, out, space)  # type: ignore[misc]
+        for c in caches
+    ], nbytes
+
+
+def small_calls(
+    device: Device, tokens: int, width: int, activation: str
+) -> dict[str, tuple[list[Call], int]]:
+    """The fused small ops on `tokens` rows."""
+    x, weight = zeros(device, (tokens, width), "float32"), zeros(device, (width,), "float32")
+    delta, out = zeros(device, (tokens, width), activation), device.empty((tokens, width), activation)
+    both = zeros(device, (tokens, 2 * width), activation)
+    return {
+        f"add + RMSNorm {tokens}x{width}": (
+            [lambda: elementwise.rms_norm(device, x, weight, 1e-5, out, delta)],
+            tokens * width * 12,
+        ),
+        f"SiLU * up {tokens}x{width}": (
+            [lambda: elementwise.silu_mul(device, both, out)],
+            tokens * width * 6,
+        ),
+    }
+
+
+def sampling_calls(device: Device, rows: int, vocab: int, greedy: bool) -> tuple[list[Call], int]:
+    """Draws from `rows` rows of random logits, with top_p 0.9 unless greedy."""
+    rng = np.random.default_rng(1)
+    logits = device.asarray((rng.standard_normal((rows, vocab)) * 3).astype(np.float32))
+    batch = SamplingBatch.greedy(rows)
+    if not greedy:
+        batch.temperature_S[...], batch.top_p_S[...] = 1.0, 0.9
+    there = sampling.upload(device, batch)
+    ids, probabilities = device.empty((rows,), "int32"), device.empty((rows,), "float32")
+    room = device.empty((rows, vocab), "float32")
+    call = lambda: sampling.sample(device, logits, there, ids, probabilities, room)
+    return [call], rows * vocab * 4
+
+
+def measure(what: str, calls: list[Call], nbytes: int, timer: Timer, copy_rate: float) -> Measured:
+    """Time the calls; copy_rate in bytes a second."""
+    seconds = timer(calls)
+    return Measured(what, seconds * 1e6, nbytes / seconds / 1e9, nbytes / seconds / copy_rate)
+
+
+def as_rows(results: list[Measured]) -> list[dict[str, Any]]:
+    return [asdict(result) for result in results]

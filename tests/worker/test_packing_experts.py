@@ -32,6 +32,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[..., packer
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False},
         lambda rng, n, k: packers.gptq(rng, n, k, 32),
     ),
+    "Qwen3-MoE in GPTQ, inputs in the order of their activity": (
+        "qwen3_moe",
+        WIDER,
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+        lambda rng, n, k: packers.gptq(rng, n, k, 32, order=rng.permutation(k)),
+    ),
     "Qwen2-MoE in AWQ": (
         "qwen2_moe",
         WIDER | {"shared_expert_intermediate_size": 96, "intermediate_size": 160},

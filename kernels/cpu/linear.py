@@ -14,7 +14,7 @@ from flm.kernels.cpu.layout import CHUNK
 from flm.kernels.cpu.leaves import call_leaf
 from flm.kernels.cpu.memory import copy, f32_at, fill, float_of_bits, i32_at, i64_at, load_half, u8_at, u32_at
 from flm.kernels.cpu.microkernels import FLOAT8, FLOAT16, FLOAT32, INT4, INT8
-from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, WORKERS, next_task, span
+from flm.kernels.cpu.opcodes import MAX_RUNS, OP, ROW_WIDTH, WORKERS, next_of_run, next_task, span
 from flm.kernels.cpu.vector import group_sum
 
 DIRECT = 18  # tokens up to which reading the codes again for every 6 tokens is faster than converting tiles
@@ -147,6 +147,20 @@ def prepare(address, worker):  # type: ignore
     return 0
 
 
+@njit
+def _runs(row, whole, worker):  # type: ignore
+    """The whole panels for one chunk of tokens. Each worker goes through panels that lie behind one another in memory, so that
+    what it fetches ahead is what it reads next, and then helps with the others' runs."""
+    runs = min(row[WORKERS], MAX_RUNS)
+    for turn in range(runs):
+        run = (worker + turn) % runs
+        first, stop = whole * run // runs, whole * (run + 1) // runs
+        i = first + next_of_run(row, run)
+        while i < stop:
+            piece(row, i, 0, 64, 0, row[3], row[18] + worker * row[19])
+            i = first + next_of_run(row, run)
+
+
 @cfunc(OP, cache=True)
 def linear(address, worker):  # type: ignore
     """row: 1 form, 2 x, 3 T, 4 K, 5 codes, 6 N, 7 group, 8 G, 9 scales, 10 offsets, 11 half, 12 out, 13 bias,
@@ -158,9 +172,12 @@ def linear(address, worker):  # type: ignore
     whole = panels - panels % workers
     split = panels % workers * (64 // SPLIT)
     tasks = (whole + split) * chunks
+    if chunks == 1:
+        _runs(row, whole, worker)
+        tasks = split
     i = next_task(row)
     while i < tasks:
-        _task(row, i, whole, split, row[18] + worker * row[19])
+        _task(row, i + (whole if chunks == 1 else 0), whole, split, row[18] + worker * row[19])
         i = next_task(row)
     return 0
 

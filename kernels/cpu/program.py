@@ -15,7 +15,7 @@ from numba import njit, prange
 
 from flm.kernels.cpu.leaves import call_op
 from flm.kernels.cpu.memory import fetch_add, i64_at, load_acquire, store_release, wait_a_little
-from flm.kernels.cpu.opcodes import COUNTER, INSIDE, ROW_WIDTH, WORKERS
+from flm.kernels.cpu.opcodes import COUNTER, INSIDE, ROW_WIDTH, RUNS, WORKERS
 
 NOTHING, OVER = -1, -2  # what may be announced instead of a row's number
 CLOSED = -(1 << 40)  # added to INSIDE once nobody may enter any more
@@ -28,6 +28,8 @@ def _lead(rows, count, board):  # type: ignore
         at = rows + i * ROW_WIDTH * 8
         row = i64_at(at, ROW_WIDTH)
         row[COUNTER] = 0
+        for run in range(RUNS, ROW_WIDTH):
+            row[run] = 0
         if row[WORKERS] == 1:
             status = call_op(row[0], at, 0)
             if status != 0:

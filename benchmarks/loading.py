@@ -3,7 +3,10 @@
 A dummy bfloat16 checkpoint is written, its pages are dropped from the system's cache, and the disk's sequential read is
 timed beside each load (they take turns). Bytes are those of /proc/self/io: what came from the disk, readahead included.
 
-Usage: python benchmarks/loading.py [--folder DIR] [--ranks 1 2] [--rounds 3]
+A rank among several reads pieces of rows of two matrices a layer, and a disk gives whole pages; a checkpoint that was
+converted for that many ranks has no such pieces.
+
+Usage: python benchmarks/loading.py [--folder DIR] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from flm.worker.convert import convert
+from flm.worker.rank import GroupSpec, Rank, open_backend
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB = 2048, 5632, 18, 16, 32000
 CONFIG = {
@@ -110,12 +116,10 @@ def disk_reads() -> int:
     return int(found[1])
 
 
-def load_here(folder: Path, ranks: int, quantization: str) -> Load:
+def load_here(folder: Path, ranks: int) -> Load:
     """Load rank 0 in this process."""
-    from flm.worker.rank import GroupSpec, Rank, open_backend
-
     open_backend("cpu", 2)  # kernels come from their own cache, not from the checkpoint
-    spec = GroupSpec("r", "dummy", str(folder), tensor_parallel=ranks, quantization=quantization, threads=2)
+    spec = GroupSpec("r", "dummy", str(folder), tensor_parallel=ranks, threads=2)
     rank = Rank(spec, 0)
     before, reads, start = status("VmRSS"), disk_reads(), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -139,48 +143,51 @@ def packed(model: object) -> list[object]:
     return found
 
 
-def load_apart(path: Path, ranks: int, quantization: str) -> Load:
+def load_apart(folder: Path, ranks: int) -> Load:
     """Load rank 0 in a fresh process, from the disk."""
-    forget(path)
-    arguments = [sys.executable, __file__, "--child", str(path.parent), str(ranks), quantization]
+    for path in folder.glob("*.safetensors"):
+        forget(path)
+    arguments = [sys.executable, __file__, "--child", str(folder), str(ranks)]
     output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     return Load(**json.loads(output.splitlines()[-1]))
 
 
-def measure(path: Path, ranks: int, quantization: str, rounds: int) -> None:
+def measure(label: str, folder: Path, ranks: int, rounds: int) -> None:
+    """Sequential reads and loads of rank 0, taking turns; prints the median load."""
     shares, loads, speeds = [], [], []
     for _ in range(rounds):
-        speed = sequential(path)
-        load = load_apart(path, ranks, quantization)
+        speed = sequential(next(folder.glob("*.safetensors")))
+        load = load_apart(folder, ranks)
         loads.append(load)
         speeds.append(speed)
-        shares.append(load.read / load.seconds / speed)
+        shares.append(load.shard / load.seconds / speed)
     middle = sorted(loads, key=lambda load: load.seconds)[len(loads) // 2]
-    shard = path.stat().st_size / ranks
     print(
-        f"{quantization} on {ranks} ranks: {middle.seconds:.1f} s, {middle.read / 1e6:,.0f} MB read = "
-        f"{middle.read / shard:.3f} of the shard, {statistics.median(shares):.2f} of {statistics.median(speeds) / 1e6:,.0f} "
-        f"MB/s, peak {(middle.peak - middle.shard) / 1e6:+,.0f} MB beside {middle.shard / 1e6:,.0f} MB of weights",
+        f"{label}: {middle.seconds:.1f} s, {middle.read / 1e6:,.0f} MB read = {middle.read / middle.shard:.3f} of the shard, "
+        f"at {statistics.median(shares):.2f} of {statistics.median(speeds) / 1e6:,.0f} MB/s, "
+        f"peak {(middle.peak - middle.shard) / 1e6:+,.0f} MB beside {middle.shard / 1e6:,.0f} MB of weights",
         flush=True,
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--child", nargs=3)
+    parser.add_argument("--child", nargs=2)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     if options.child:
-        load = load_here(Path(options.child[0]), int(options.child[1]), options.child[2])
-        print(json.dumps(vars(load)))
+        print(json.dumps(vars(load_here(Path(options.child[0]), int(options.child[1])))))
         return
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = write_dummy(Path(folder))
-        print(f"{path.stat().st_size / 1e9:.2f} GB; wanted: {TARGETS}")
-        for ranks in options.ranks:
-            measure(path, ranks, "auto", options.rounds)
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder, cut = Path(temporary) / "whole", Path(temporary) / "cut"
+        folder.mkdir()
+        size = write_dummy(folder).stat().st_size
+        print(f"{size / 1e9:.2f} GB; wanted: {TARGETS}")
+        measure("1 rank", folder, 1, options.rounds)
+        measure("rank 0 of 2", folder, 2, options.rounds)
+        convert(folder, cut, "auto", 2, lambda fraction: None)
+        measure("rank 0 of 2, converted for 2", cut, 2, options.rounds)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,7 +93,8 @@ class SafetensorsFile:
             end = entry.offset + entry.nbytes
             start = self._told_of if end < self._told_of < end + READ_AHEAD else end
             self._told_of = min(end + READ_AHEAD, self._file.size)
-            self._file.will_read(start, max(self._told_of - start, 0))
+            arguments = (start, max(self._told_of - start, 0))
+            self._file.will_read(*arguments)
 
     def drop_pages(self) -> None:
         self._file.drop_pages()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any, Protocol
 
 import numpy as np

@@ -88,6 +88,14 @@ def test_pickles_are_read_by_conversions_alone(tmp_path: Path, files: int) -> No
     np.testing.assert_array_equal(logits(tmp_path / "m"), logits(floats, quantization="int8"))
 
 
+@pytest.mark.parametrize(
+    ("quantization", "most"), [("int8", 0.03), ("int8:group=64", 0.04), ("int4:group=16", 0.35)]
+)
+def test_rounding_at_load_moves_logits_little(quantization: str, most: float) -> None:
+    want, got = logits(GOLDEN / "llama31"), logits(GOLDEN / "llama31", quantization=quantization)
+    assert 0 < np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < most
+
+
 def test_weights_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flm.worker.prepare.FILE_BYTES", 60_000)
     converted(GOLDEN / "llama2", tmp_path / "m", "int4")

@@ -1,4 +1,4 @@
-# Targets: demo, test, lint, bench, gpu-check, stubs, clean. Needs Python >= 3.11 and make; no GPU.
+# Targets: demo, test, lint, bench, gpu-check, stubs, clean. Needs Python >= 3.11 and make; no GPU, but for gpu-check.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

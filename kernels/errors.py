@@ -68,3 +68,14 @@ class CompileError(KernelError):
     def __init__(self, what: str, log: str) -> None:
         self.log = log
         super().__init__(f"{what} does not compile: {log}")
+
+
+class DeviceMemoryFull(KernelError):
+    """An allocation on a GPU failed."""
+
+    def __init__(self, wanted: int, free: int, total: int) -> None:
+        mib = lambda n: f"{n / 2**20:,.0f} MiB"
+        super().__init__(
+            f"the GPU has no room for {mib(wanted)} more: {mib(free)} of {mib(total)} are free. Lower kv_cache.memory or "
+            "max_context, quantise to int4, or use more GPUs (tensor_parallel)"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from flm.kernels.cuda.jit import OLDEST_ARCH, Progress, compile_all, compile_kernel
 from flm.kernels.cuda.kernel import Kernel
-from flm.kernels.errors import UnsupportedDevice
+from flm.kernels.errors import DeviceMemoryFull, UnsupportedDevice
 
 Array = Any
 STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
@@ -66,10 +67,19 @@ class CupyDevice:
         return self._cp.RawModule(path=path).get_function(symbol)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self._cp.empty(shape, self._dtype(dtype))
+        return self._allocated(lambda: self._cp.empty(shape, self._dtype(dtype)))
 
     def asarray(self, host: Any) -> Array:
-        return self._cp.asarray(host)
+        return self._allocated(lambda: self._cp.asarray(host))
+
+    def _allocated(self, make: Callable[[], Array]) -> Array:
+        """What `make` allocates. Raises DeviceMemoryFull with the device's own numbers."""
+        try:
+            return make()
+        except self._cp.cuda.memory.OutOfMemoryError as e:
+            free, total = self._cp.cuda.runtime.memGetInfo()
+            wanted = re.search(r"allocating ([\d,]+) bytes", str(e))
+            raise DeviceMemoryFull(int(wanted[1].replace(",", "")) if wanted else 0, free, total) from e
 
     def upload(self, host: Any, array: Array) -> None:
         """array = host. The staging copy is kept until the next upload of the same array, which comes a step later."""

@@ -70,7 +70,7 @@ def _toolkit() -> str:
 
 def compile_options(arch: int) -> list[str]:
     """NVRTC's options for compute capability arch / 10."""
-    return [f"-arch=sm_{arch}", "--std=c++17", "-default-device", "--ptxas-options=-v", "--dopt=on"]
+    return [f"-arch=sm_{arch}", "--std=c++17", "-default-device", "--ptxas-options=-v"]
 
 
 def resources(log: str, symbol: str) -> dict[str, int]:

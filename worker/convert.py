@@ -42,14 +42,21 @@ Progress = Callable[[float], None]
 
 
 def convert(
-    source: Path, target: Path, quantization: str, tensor_parallel: int, on_progress: Progress
+    source: Path,
+    target: Path,
+    quantization: str,
+    tensor_parallel: int,
+    on_progress: Progress,
+    expert_parallel: bool = False,
 ) -> None:
     """Convert the directory `source` into the new directory `target`.
 
     quantization: as in cluster.yaml. tensor_parallel: 0 for weights that any number of ranks can load, else one file for
-    each of that many ranks. on_progress gets 0 to 1. Raises ConfigError and CheckpointError; then nothing is left."""
+    each of that many ranks, with expert_parallel as in cluster.yaml. on_progress gets 0 to 1. Raises ConfigError and CheckpointError; then nothing is left."""
     if not source.is_dir():
         raise ConfigError(f"{source}: a directory with config.json and weights expected", field="source")
+    if expert_parallel and not tensor_parallel:
+        raise ConfigError("a number of ranks expected", field="tensor_parallel")
     if target.exists():
         raise ConfigError(f"{target} exists already; name a new directory", field="target")
     pickled = not any(source.glob("*.safetensors"))
@@ -57,7 +64,9 @@ def convert(
     with _appearing(target) as partial:
         _copy_beside(source, partial)
         if tensor_parallel:
-            extra = write_shards(checkpoint, partial, quantization, tensor_parallel, on_progress)
+            extra = write_shards(
+                checkpoint, partial, quantization, tensor_parallel, expert_parallel, on_progress
+            )
         else:
             extra = write_weights(checkpoint, partial, quantization, on_progress)
         _write_config(source / "config.json", partial / "config.json", extra)

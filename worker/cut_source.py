@@ -29,10 +29,15 @@ Box = tuple[int, ...]  # first and last + 1 of each axis
 
 @dataclass(frozen=True)
 class Cut:
-    """For how many ranks a checkpoint was cut, and the group on whose borders its feed-forward widths were."""
+    """For how many ranks a checkpoint was cut, the group on whose borders its feed-forward widths were, and whether each
+    rank holds some experts whole."""
 
     ranks: int
     group: int
+    expert_parallel: bool = False
+
+    def __str__(self) -> str:
+        return f"tensor_parallel: {self.ranks}" + (", expert_parallel: true" if self.expert_parallel else "")
 
 
 def rank_file(rank: int, ranks: int) -> str:
@@ -50,7 +55,7 @@ class CutSource:
         self._path = directory / SHARDS_NAME
         try:
             raw = json.loads(self._path.read_text(encoding="utf-8"))
-            self.cut = Cut(int(raw["ranks"]), int(raw["group"]))
+            self.cut = Cut(int(raw["ranks"]), int(raw["group"]), bool(raw.get("expert_parallel")))
             pieces = {
                 name: [None if box is None else tuple(box) for box in boxes]
                 for name, boxes in raw["pieces"].items()

@@ -82,10 +82,15 @@ class _Recorded(ModelWeights):
 
 
 def write_shards(
-    checkpoint: Checkpoint, target: Path, quantization: str, ranks: int, on_progress: Progress
+    checkpoint: Checkpoint,
+    target: Path,
+    quantization: str,
+    ranks: int,
+    expert_parallel: bool,
+    on_progress: Progress,
 ) -> dict[str, Any]:
     """One file for each rank, and shards.json; returns what config.json must say. Raises ConfigError as shard_spec."""
-    specs = [shard_spec(checkpoint, ranks, rank, quantization) for rank in range(ranks)]
+    specs = [shard_spec(checkpoint, ranks, rank, quantization, expert_parallel) for rank in range(ranks)]
     written: list[_Recorded] = []
     for rank, spec in enumerate(specs):
         part = partial(_report, on_progress, rank, ranks)
@@ -93,6 +98,7 @@ def write_shards(
     content = {
         "ranks": ranks,
         "group": specs[0].group,
+        "expert_parallel": expert_parallel,
         "columns": [weights.columns for weights in written],
         "pieces": {name: [weights.boxes.get(name) for weights in written] for name in checkpoint.shapes},
     }

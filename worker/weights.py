@@ -135,10 +135,9 @@ def shard_spec(
     """
     precision, cut = parse_quantization(quantization), checkpoint.cut
     m = checkpoint.config
-    if cut is not None and (tp_size != cut.ranks or expert_parallel):
-        raise ConfigError(
-            f"{checkpoint.path} was converted for tensor_parallel: {cut.ranks}", field="tensor_parallel"
-        )
+    if cut is not None and (tp_size, expert_parallel) != (cut.ranks, cut.expert_parallel):
+        field = "tensor_parallel" if tp_size != cut.ranks else "expert_parallel"
+        raise ConfigError(f"{checkpoint.path} was converted for {cut}", field=field)
     if cut is not None and precision.format:
         raise ConfigError(f"{checkpoint.path} is converted already; auto expected", field="quantization")
     if not 0 <= tp_rank < tp_size:

@@ -20,6 +20,10 @@ def convert(
             min=0, max=1024, help="Cut for this many ranks: one file each. 0: any number can load it."
         ),
     ] = 0,
+    expert_parallel: Annotated[
+        bool,
+        typer.Option("--expert-parallel", help="With --tensor-parallel: spread experts over ranks whole."),
+    ] = False,
 ) -> None:
     """Write a checkpoint that loads without work: quantised, or cut for its ranks. Reads PyTorch's .bin files safely."""
     from rich.console import Console
@@ -33,6 +37,6 @@ def convert(
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(f"Converting to {target}", total=1.0)
         report = lambda fraction: bars.update(task, completed=fraction)
-        run(resolve_model_path(source), target, quantization, tensor_parallel, report)
+        run(resolve_model_path(source), target, quantization, tensor_parallel, report, expert_parallel)
     size = sum(path.stat().st_size for path in target.iterdir())
     console.print(f"{target}: {size / 1e9:.2f} GB. Serve it with `path: {target.resolve()}`.", soft_wrap=True)

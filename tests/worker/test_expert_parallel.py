@@ -16,6 +16,7 @@ import pytest
 from flm.worker import Engine, SamplingParams
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.config import ShardSpec, Span
+from flm.worker.convert import convert
 from flm.worker.errors import BackendUnavailable, CheckpointError, ConfigError
 from flm.worker.layers.experts import expert_ops
 from flm.worker.layers.latent_attention import latent_ops
@@ -126,6 +127,22 @@ def test_each_rank_reads_its_own_experts_alone(monkeypatch: pytest.MonkeyPatch) 
         spec = GroupSpec("r", "m", path, tensor_parallel=3, expert_parallel=True, max_sequences=2)
         Rank(spec, number).load(lambda fraction: None)
         assert {int(name.split(".experts.")[1].split(".")[0]) for name in read if ".experts." in name} == own
+
+
+def test_a_checkpoint_cut_with_whole_experts(tmp_path: Path) -> None:
+    ids = np.load(GOLDEN / "deepseek_v2" / "ref.npz")["ids"].tolist()
+    convert(GOLDEN / "deepseek_v2", tmp_path / "cut", "int8", 3, lambda _: None, expert_parallel=True)
+    spread = {"tensor_parallel": 3, "expert_parallel": True}
+    with tiny("deepseek_v2", quantization="int8", **spread) as engine:
+        want = engine.logits(ids)
+    with tiny(tmp_path / "cut", **spread) as engine:
+        np.testing.assert_array_equal(engine.logits(ids), want)
+    with pytest.raises(
+        ConfigError, match=r"expert_parallel: .* was converted for tensor_parallel: 3, expert_para"
+    ):
+        tiny(tmp_path / "cut", tensor_parallel=3)
+    with pytest.raises(ConfigError, match="tensor_parallel: a number of ranks expected"):
+        convert(GOLDEN / "deepseek_v2", tmp_path / "new", "int8", 0, lambda _: None, expert_parallel=True)
 
 
 def test_shares_of_experts_add_up() -> None:

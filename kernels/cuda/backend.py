@@ -78,12 +78,12 @@ class CudaBackend:
         """The array, or the device's copy of one that the host fills."""
         if not on_host(array):
             return array
-        owner, copy, view = self._mirrors.view(array)
+        mirror = self._mirrors.of(array)
         if self._graph is None:
-            self.device.upload(owner, copy)
-        else:
-            self._graph.inputs[id(copy)] = owner, copy
-        return view
+            mirror.refresh()
+        elif mirror not in self._graph.inputs:
+            self._graph.inputs.append(mirror)
+        return mirror.view(array)
 
     def _room(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """A buffer that ops of this name and shape share."""

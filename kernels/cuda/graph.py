@@ -39,26 +39,44 @@ def on_host(array: Array) -> bool:
     return type(array) is np.ndarray
 
 
+class Mirror:
+    """A host array that owns its memory, and the device's copy of it."""
+
+    def __init__(self, device: GraphDevice, owner: NDArray[Any]) -> None:
+        self._device, self._owner = device, owner
+        self._sent = owner.copy()
+        self._copy = device.asarray(owner)
+
+    def refresh(self) -> None:
+        """Send what the host has written since; comparing costs less than sending."""
+        if not np.array_equal(self._owner, self._sent):
+            self._sent[...] = self._owner
+            self._device.upload(self._sent, self._copy)
+
+    def view(self, host: NDArray[Any]) -> Array:
+        """The part of the device's copy that `host` is of the owner."""
+        start = (host.ctypes.data - self._owner.ctypes.data) // host.itemsize
+        return self._copy.reshape(-1)[start : start + host.size].reshape(host.shape)
+
+
 class Mirrors:
-    """Device copies of host arrays, by the memory that these are views of."""
+    """Mirrors by the memory of their hosts."""
 
     def __init__(self, device: GraphDevice) -> None:
         self._device = device
-        self._copies: dict[tuple[int, int], tuple[NDArray[Any], Array]] = {}
+        self._mirrors: dict[tuple[int, int], Mirror] = {}
 
-    def view(self, host: NDArray[Any]) -> tuple[NDArray[Any], Array, Array]:
-        """The array that owns the host's memory, the device's copy of that, and the part of it that `host` is."""
+    def of(self, host: NDArray[Any]) -> Mirror:
+        """The mirror of the array that `host` is a view of."""
         owner = host
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
         key = owner.ctypes.data, owner.nbytes
-        if key not in self._copies:
-            if len(self._copies) >= MOST_MIRRORS:  # graphs keep those that they use
-                self._copies.pop(next(iter(self._copies)))
-            self._copies[key] = owner, self._device.asarray(owner)
-        owner, copy = self._copies[key]
-        start = (host.ctypes.data - owner.ctypes.data) // host.itemsize
-        return owner, copy, copy.reshape(-1)[start : start + host.size].reshape(host.shape)
+        if key not in self._mirrors:
+            if len(self._mirrors) >= MOST_MIRRORS:  # graphs keep those that they use
+                self._mirrors.pop(next(iter(self._mirrors)))
+            self._mirrors[key] = Mirror(self._device, owner)
+        return self._mirrors[key]
 
 
 class CudaGraph:
@@ -67,14 +85,14 @@ class CudaGraph:
     def __init__(self, device: GraphDevice) -> None:
         self._device = device
         self.calls: list[Callable[[], None]] = []
-        self.inputs: dict[int, tuple[NDArray[Any], Array]] = {}  # by the device copy's identity
+        self.inputs: list[Mirror] = []
         self.outputs: list[tuple[Array, NDArray[Any]]] = []
         self._replays = 0
         self._launch: Callable[[], None] | None = None
 
     def replay(self) -> None:
-        for owner, copy in self.inputs.values():
-            self._device.upload(owner, copy)
+        for mirror in self.inputs:
+            mirror.refresh()
         self._replays += 1
         if self._replays == 2:
             self._launch = self._device.record(self.calls)

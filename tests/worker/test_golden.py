@@ -41,6 +41,13 @@ def test_logits_on_any_number_of_ranks_and_however_the_prompt_is_cut(name: str) 
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_logits_on_the_reference_backend(name: str) -> None:
+    ids, want = reference(name)
+    with tiny(name, device="reference", capture=False) as engine:
+        assert relative(engine.logits(ids), want) < TOLERANCE / 10
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_company_and_cached_prefixes_change_no_token(name: str) -> None:
     ids, _ = reference(name)
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flm.worker.config import RopeConfig
-from flm.worker.rope import inverse_frequencies, rope_tables
+from flm.worker.rope import inverse_frequencies, rope_tables, turns
 
 
 def test_plain_frequencies_are_powers_of_theta() -> None:
@@ -41,3 +41,24 @@ def test_tables_are_the_cosine_and_sine_of_the_same_angle() -> None:
     assert cos_PR.shape == (100, 2)
     np.testing.assert_allclose(cos_PR[:, 0], np.cos(np.arange(100)), atol=1e-6)
     np.testing.assert_allclose(sin_PR[:, 1], np.sin(np.arange(100) / 100), atol=1e-6)
+
+
+def test_angles_of_a_token_do_not_depend_on_the_company() -> None:
+    """Requests that rotate differently have their angles computed in every step: the same bits for any length of it."""
+    frequencies = inverse_frequencies(RopeConfig(theta=10000.0, rotary_dim=128, scaling="dynamic"), 3.7)
+    positions = np.arange(5000, 5037)
+    for whole, *parts in zip(
+        turns(positions, frequencies, 1.1),
+        *(turns(positions[i : i + 1], frequencies, 1.1) for i in range(37)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_yarn_keeps_fast_frequencies_and_divides_slow_ones() -> None:
+    rope = RopeConfig(theta=1e6, rotary_dim=128, scaling="yarn", factor=4.0, original_max_position=32768)
+    got, plain = inverse_frequencies(rope), inverse_frequencies(RopeConfig(theta=1e6, rotary_dim=128))
+    full_turns = 32768 * plain / (2 * math.pi)
+    assert (got[full_turns > 40] == plain[full_turns > 40]).all()
+    np.testing.assert_allclose(got[full_turns < 0.8], plain[full_turns < 0.8] / 4)
+    assert ((got <= plain) & (got >= plain / 4 * (1 - 1e-12))).all()

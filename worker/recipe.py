@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from flm.kernels.quant import QuantizedMatrix, from_float
 from flm.worker.config import Span
+from flm.worker.precision import row_pieces
+from flm.worker.tensor_source import stack_rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,13 @@ def interleaved(head_dim: int, rotary: int, start: int = 0) -> tuple[int, ...]:
 
 
 def unit_rows(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    """Whole rows divided by their norms, worked out in float32, in the format that they have."""
+    """Whole rows divided by their norms, worked out in float32, in the format that they have; a few rows at a time."""
+    rows, cols = matrix.shape
+    pieces = (_unit_rows(matrix.slice_rows(a, b)) for a, b in row_pieces(rows, cols))
+    return stack_rows(pieces, rows)
+
+
+def _unit_rows(matrix: QuantizedMatrix) -> QuantizedMatrix:
     values = matrix.dequantize()
     factors = 1 / np.maximum(np.sqrt((values * values).sum(axis=1, keepdims=True)), np.float32(1e-12))
     if matrix.scales is None:

@@ -12,13 +12,14 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from flm.kernels.quant import from_float, quantize
 from flm.worker import Engine
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.config import ModelConfig
 from flm.worker.errors import CheckpointError
 from flm.worker.families.registry import FAMILIES, read_config
 from flm.worker.positions import alibi_slopes, logn_scales
-from flm.worker.recipe import Recipe, interleaved
+from flm.worker.recipe import Recipe, interleaved, unit_rows
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 F64 = NDArray[np.float64]
@@ -168,6 +169,21 @@ def test_recipes_find_their_rows() -> None:
     recipe = Recipe("x", offset=2, block=3, stride=10)
     assert [(run.start, run.stop) for run in recipe.runs(Span(1, 8))] == [(3, 5), (12, 15), (22, 24)]
     assert recipe.last_row(8) == 23
+
+
+@pytest.mark.parametrize("format", ["bfloat16", "float32", "int8"])
+def test_unit_rows_in_pieces(format: str) -> None:
+    values = (
+        np.random.default_rng(2).standard_normal((300, 32768)).astype(np.float32)
+    )  # 256 rows make a piece
+    matrix = quantize(values, "int8", 32) if format == "int8" else from_float(values, format)
+    held = matrix.dequantize().astype(np.float64)
+    got = unit_rows(matrix)
+    assert got.format == format
+    want = held / np.sqrt((held * held).sum(1, keepdims=True))
+    np.testing.assert_allclose(
+        got.dequantize(), want, rtol=2**-8 if format == "bfloat16" else 2e-6, atol=1e-12
+    )
 
 
 # --------------------------------------------------------------------- BLOOM, by its formulas

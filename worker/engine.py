@@ -228,6 +228,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop; requests still running end with RankFailed."""
+        self.replica.stop()
+        for thread in self._threads:  # a rank that is told to stop finishes its last step; closing aborts what goes on
+            thread.join(timeout=1)
         for rank in self.ranks:
             rank.close()
         for thread in self._threads:

@@ -229,7 +229,9 @@ class Engine:
     def close(self) -> None:
         """Stop; requests still running end with RankFailed."""
         self.replica.stop()
-        for thread in self._threads:  # a rank that is told to stop finishes its last step; closing aborts what goes on
+        for (
+            thread
+        ) in self._threads:  # a rank that is told to stop ends its last step, which closing would abort
             thread.join(timeout=1)
         for rank in self.ranks:
             rank.close()

@@ -4,66 +4,10 @@
 // instruction whatever the batch. A block makes 16 * ROWS outputs for 8 * COLS rows of x (blockIdx.y says which); each of
 // its 8 warps takes an eighth of K and reads its own part of x. Weights come through a ring of registers.
 //
-// What an output is made of, whatever the batch: K is cut in 8 slices, on borders of groups; a slice is the sum, group by
-// group, of scale * (codes times x) + offset * (sum of x); the slices are added in order.
-#include "weights.h"
+// For many rows there is tiled_linear.cu, which gives the same bits.
+#include "slice.h"
 
 namespace flm {
-
-// One warp's sums. GROUP: steps of 16 inputs that share a scale, 0 for weights without scales.
-template <class T, class S, int GROUP, int ROWS, int COLS>
-struct Slice {
-  float acc[ROWS][COLS][4] = {}, dot[ROWS][COLS][4] = {}, sum[COLS][4] = {};
-  S next[ROWS][2];   // scales of the group to come: loaded a whole group ahead
-  const S* scales;   // of this lane's row g in that group
-  int row_stride[ROWS];
-
-  __device__ __forceinline__ void load_scales(bool more) {
-    if (!more) return;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      next[r][0] = scales[row_stride[r]];
-      next[r][1] = scales[row_stride[r] + 8];
-    }
-    scales += 16;
-  }
-  __device__ __forceinline__ void end_group(bool more) {
-    S now[ROWS][2];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) now[r][0] = next[r][0], now[r][1] = next[r][1];
-    load_scales(more);
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-      for (int c = 0; c < COLS; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& a = acc[r][c][i];
-          a = fmaf(scale_of(now[r][i >> 1]), dot[r][c][i], a);
-          if (kHasOffset<S>) a = fmaf(offset_of(now[r][i >> 1]), sum[c][i & 1], a);
-          dot[r][c][i] = 0.f;
-        }
-#pragma unroll
-    for (int c = 0; c < COLS; ++c) sum[c][0] = sum[c][1] = sum[c][2] = sum[c][3] = 0.f;
-  }
-  // words: the weights of one tile, x: this lane's part of x in its step s.
-  template <int FORMAT>
-  __device__ __forceinline__ void step(const uint4 (&tile)[ROWS], const uint2 (&x)[COLS][kSteps<FORMAT>], int s) {
-    uint32_t a[ROWS][4];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      const uint32_t words[4] = {tile[r].x, tile[r].y, tile[r].z, tile[r].w};
-      Fragment<T, FORMAT>::get(a[r], words + s * kWords<FORMAT>);
-    }
-#pragma unroll
-    for (int c = 0; c < COLS; ++c) {
-      const uint32_t b[2] = {x[c][s].x, x[c][s].y}, ones[4] = {kOnes<T>, kOnes<T>, kOnes<T>, kOnes<T>};
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) mma<T>(GROUP ? dot[r][c] : acc[r][c], a[r], b);
-      if (kHasOffset<S>) mma<T>(sum[c], ones, b);  // every row of it is the sum of x
-    }
-  }
-};
 
 // x of one tile for this lane: 4 inputs of each step for row g of each 8; zeros outside of x.
 template <class T, int STEPS, int COLS>
@@ -124,7 +68,10 @@ linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __r
       load_x<T>(x_next, x_MK, m0 + g, M, (tile + i + 1) * kStep * 16 + 4 * t, tile + i + 1 < last ? K : 0);
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
-        slice.template step<FORMAT>(ring[i], x_now, s);
+        uint2 x[COLS];
+#pragma unroll
+        for (int c = 0; c < COLS; ++c) x[c] = x_now[c][s];
+        slice.template step<FORMAT>(ring[i], x, s);
         int done = (tile + i) * kStep + s + 1;
         if (GROUP && done % max(GROUP, 1) == 0) slice.end_group(done < last * kStep);
       }

@@ -7,12 +7,20 @@ from flm.kernels.cuda.kernel import Device, Kernel, instance
 from flm.kernels.cuda.pack import NUMBERS, CudaMatrix
 
 THREADS = 256
+FEW = 16  # rows of x up to which warps share K rather than outputs
+TILED = 128, 64  # outputs and rows of x of a block where there are more
 
 
 def kernel(weight: CudaMatrix, out: str, rows: int, cols: int) -> Kernel:
     """The instance that makes 16 * rows outputs of 8 * cols rows of x a block."""
     number, scale = NUMBERS[weight.format], weight.scale_type
     return instance("linear.cu", "linear", weight.dtype, out, number, scale, weight.group, rows, cols)
+
+
+def tiled_kernel(weight: CudaMatrix, out: str) -> Kernel:
+    """The instance for many rows of x."""
+    number, scale = NUMBERS[weight.format], weight.scale_type
+    return instance("tiled_linear.cu", "tiled_linear", weight.dtype, out, number, scale, weight.group)
 
 
 def tile(N: int, M: int, processors: int) -> tuple[int, int]:
@@ -44,7 +52,6 @@ def linear(
         check("bias", bias_N, (N,), "float32")
     if not M or not N:
         return
-    rows, cols = tile(N, M, device.processors)
     args = [
         x_MK,
         weight.codes,
@@ -57,8 +64,14 @@ def linear(
         weight.k_tiles,
         weight.span,
     ]
+    args.append(int(accumulate))
+    if M > FEW and weight.columns % 8 == 0:
+        grid = (-(-N // TILED[0]), -(-M // TILED[1]))
+        device.launch(tiled_kernel(weight, out), grid, THREADS, args)
+        return
+    rows, cols = tile(N, M, device.processors)
     grid = (-(-N // (16 * rows)), -(-M // (8 * cols)))
-    device.launch(kernel(weight, out, rows, cols), grid, THREADS, [*args, int(accumulate)])
+    device.launch(kernel(weight, out, rows, cols), grid, THREADS, args)
 
 
 def embedding_kernel(weight: CudaMatrix, out: str) -> Kernel:

@@ -45,9 +45,12 @@ TILES = [(1, 1), (2, 1), (4, 1), (4, 2)]
 
 def kernels(activation, format, steps, scale, tiles=TILES, outs=("float32",)):
     number = NUMBERS[format]
-    return [
+    made = [
         instance("linear.cu", "linear", activation, out, number, scale, steps, *tile)
         for out, tile in itertools.product(outs, tiles)
+    ]
+    return made + [
+        instance("tiled_linear.cu", "tiled_linear", activation, out, number, scale, steps) for out in outs
     ]
 
 
@@ -174,7 +177,7 @@ def test_rows_of_a_batch_have_the_bits_they_have_alone(device):
     weight = pack(matrix(rng, 72, 1100, "int4", 128, "__half2"), "bfloat16", device)
     x = normal(rng, (19, 1100), "bfloat16")
     results = []
-    for device.processors, rows in ((1, 19), (2, 8), (2, 1), (99, 1)):
+    for device.processors, rows in ((1, 19), (1, 16), (2, 8), (2, 1), (99, 1)):
         y = device.empty((rows, 72), "float32")
         ops.linear(device, x[:rows], weight, y)
         results.append(y)
@@ -210,7 +213,32 @@ def test_faults_are_seen(edit):
         device.processors = 3
         check_linear(device, "float16", "int4", 32, "__half2", 5, 104, 2624)
 
-    assert_caught(kernels("float16", "int4", 2, "__half2", [(2, 1)]), edit, check)
+    assert_caught(kernels("float16", "int4", 2, "__half2", [(2, 1)])[:1], edit, check)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("    __syncthreads();\n  }\n\n#pragma", "  }\n\n#pragma"),
+        ("cp_async_wait<1>()", "cp_async_wait<2>()"),
+        ("<= tile + 1)", "<= tile)"),
+        ("m < M && k < K", "k < K"),
+    ],
+)
+def test_faults_of_the_tiled_kernel_are_seen(edit):
+    def check(device):
+        check_linear(device, "float16", "int4", 32, "__half2", 70, 150, 1000)
+        rng = np.random.default_rng(3)
+        weight = pack(matrix(rng, 40, 1000, "int4", 32, "__half2"), "float16", device)
+        x, many, one = (
+            normal(rng, (17, 1000), "float16"),
+            *(device.empty((n, 40), "float32") for n in (17, 1)),
+        )
+        ops.linear(device, x, weight, many)
+        ops.linear(device, x[:1], weight, one)
+        assert np.array_equal(many[:1], one)
+
+    assert_caught(kernels("float16", "int4", 2, "__half2", [(1, 1)]), edit, check)
 
 
 def test_wrong_arguments_are_refused():

@@ -110,3 +110,17 @@ def test_rows_that_are_sought_out_are_quantised_alike_on_any_number_of_ranks(nam
             got.append(engine.logits(ids))
     assert 1e-6 < relative(got[0], want) < 0.05
     assert relative(got[1], got[0]) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["qwen1_long", "chatglm1", "rwkv4"])
+def test_a_resumed_request_turns_and_remembers_as_before(name: str) -> None:
+    """Angles by the prompt's length, the prompt's own context, the recurrent state: all as if nothing had happened."""
+    ids, _ = reference(name)
+    params = SamplingParams(max_tokens=20, temperature=0.8, seed=5, ignore_eos=True)
+    with tiny(name) as engine:
+        whole = engine.generate([ids], params)[0].token_ids
+    with tiny(name) as engine:
+        for cut in (1, 13, 19):
+            request_id = engine.submit(ids, params, resumed_ids=whole[:cut])
+            rest = [token for event in engine.events(request_id) for token in event.token_ids]
+            assert tuple(rest) == whole[cut:]

@@ -14,6 +14,9 @@
 #include <vector>
 #include <sys/mman.h>
 #ifndef __x86_64__
+#define FLM_EMU_UCONTEXT  // the portable, slower way to switch stacks
+#endif
+#ifdef FLM_EMU_UCONTEXT
 #include <ucontext.h>
 #endif
 #include <vector_functions.h>
@@ -30,7 +33,7 @@ constexpr size_t kDynCanary = 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in half, bfloat16, float and double
 
 // ---- context switch: callee-saved registers only; kernels never change mxcsr or x87 state ----
-#ifdef __x86_64__
+#ifndef FLM_EMU_UCONTEXT
 using Context = void*;
 extern "C" void flm_emu_switch(Context* save, Context load);
 inline void switch_to(Context* save, Context* load) { flm_emu_switch(save, *load); }

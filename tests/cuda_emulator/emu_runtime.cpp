@@ -6,7 +6,7 @@
 #include <random>
 #include "emu_cuda.h"
 
-#ifdef __x86_64__
+#ifndef FLM_EMU_UCONTEXT
 // The callee-saved registers change with the stack.
 asm(R"(
 .text

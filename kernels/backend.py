@@ -14,6 +14,7 @@ A backend object serves one thread at a time. Wrong shapes raise ShapeError, wro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.staging import Staged
 
 Array = Any
 
@@ -117,6 +119,24 @@ class Backend(Protocol):
         """The dtype of activations between ops. The residual stream, logits and all other floats are float32."""
         ...
 
+    @property
+    def kv_dtypes(self) -> tuple[str, ...]:
+        """The dtypes' names that its caches can have, the usual one first."""
+        ...
+
+    def decode_sizes(self, most: int) -> tuple[int, ...]:
+        """For up to `most` tokens: the sizes that captured decode steps should have, ascending, smaller steps to be padded
+        to the next, all captured before the first step. Empty where a step of any size is best captured when it comes."""
+        ...
+
+    def free_memory(self) -> int | None:
+        """Bytes of the device's own memory that can still be had; None where it computes in the host's."""
+        ...
+
+    def staged(self, arrays: Mapping[str, NDArray[Any]], table: NDArray[np.int32]) -> Staged:
+        """The device's side of arrays that the host fills before every step."""
+        ...
+
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         """An array with arbitrary contents."""
         ...
@@ -136,7 +156,7 @@ class Backend(Protocol):
     def kv_cache(
         self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
     ) -> KVCache:
-        """A zeroed cache, float32 or float16. block_size must be a multiple of 16."""
+        """A zeroed cache, of one of kv_dtypes. block_size must be a multiple of 16."""
         ...
 
     def linear(
@@ -228,7 +248,7 @@ class Backend(Protocol):
         ...
 
     def all_reduce(self, group: Group, x: Array) -> None:
-        """x = the sum over ranks, added in rank order: the same bits on every rank. float32."""
+        """x = the sum over ranks, added in rank order: the same bits on every rank."""
         ...
 
     def all_gather_cols(self, group: Group, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:

@@ -20,6 +20,7 @@ from flm.kernels.reference_experts import ReferenceExpertOps
 from flm.kernels.reference_latent import ReferenceLatentOps
 from flm.kernels.reference_recurrent import ReferenceRecurrentOps
 from flm.kernels.reference_sampling import sample_row, top_logprobs
+from flm.kernels.staging import HostMemory
 
 Array = NDArray[Any]
 
@@ -64,7 +65,9 @@ class ReferenceCache:
         return self.k.nbytes + self.v.nbytes
 
 
-class ReferenceBackend(ReferenceClassicOps, ReferenceExpertOps, ReferenceLatentOps, ReferenceRecurrentOps):
+class ReferenceBackend(
+    HostMemory, ReferenceClassicOps, ReferenceExpertOps, ReferenceLatentOps, ReferenceRecurrentOps
+):
     """The Backend protocol in NumPy. dtype: of the arithmetic, float32 or float64."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:

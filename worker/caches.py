@@ -4,21 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from flm.kernels.backend import Backend, KVCache
 from flm.kernels.latent_ops import LatentCache
 from flm.worker.config import ShardSpec
+from flm.worker.errors import InvalidRequest
 from flm.worker.layers.latent_attention import latent_ops
 from flm.worker.layers.recurrence import RecurrentState, recurrent_state
 
-KV_DTYPES = {"auto": np.float32, "float32": np.float32, "float16": np.float16}
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
-def kv_blocks_for(shard: ShardSpec, block_size: int, itemsize: int, kv_bytes: int, most: int) -> int:
+def kv_dtype(wanted: str, backend: Backend) -> str:
+    """The dtype's name of the caches: the backend's usual one for auto. Raises InvalidRequest for those it cannot have."""
+    if wanted == "auto":
+        return backend.kv_dtypes[0]
+    if wanted not in backend.kv_dtypes:
+        known = ", ".join(backend.kv_dtypes)
+        raise InvalidRequest(
+            "kv_cache.dtype", f"expected auto or one of {known} on this device, got {wanted}"
+        )
+    return wanted
+
+
+def block_bytes(shard: ShardSpec, block_size: int, dtype: str) -> int:
+    """Bytes of one block in all layers, on the rank that caches the most."""
+    values = cached_values(shard)
+    per_token = values * ITEM_BYTES[dtype]
+    if dtype == "int8":  # and a float32 scale for each head's vector
+        per_token += values // shard.model.attention.head_dim * 4
+    return shard.model.layers * per_token * block_size
+
+
+def kv_blocks_for(shard: ShardSpec, block_size: int, dtype: str, kv_bytes: int, most: int) -> int:
     """Blocks that fit `kv_bytes` on the rank that caches the most, so that all ranks have as many; never more than
     `most`."""
-    per_block = shard.model.layers * cached_values(shard) * itemsize * block_size
+    per_block = block_bytes(shard, block_size, dtype)
     return max(min(kv_bytes // per_block, most), 0) if per_block else most
 
 

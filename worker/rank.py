@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-
 from flm.kernels.backend import Backend
 from flm.kernels.errors import KernelError
 from flm.worker.blocks import BlockPool
-from flm.worker.caches import KV_DTYPES, kv_blocks_for, make_caches
+from flm.worker.caches import kv_blocks_for, kv_dtype, make_caches
 from flm.worker.channel import (
     FollowerChannel,
     LeaderChannel,
@@ -80,13 +78,14 @@ class Rank:
             self.backend = open_backend(spec.device, spec.threads)
         except KernelError as error:  # no OpenMP, or more threads than numba was started with
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
+        self._kv_dtype = kv_dtype(spec.kv_dtype, self.backend)
         self.num_blocks = self._count_blocks()
         self._caches = make_caches(
             self.backend,
             self.shard,
             self.num_blocks,
             spec.block_size,
-            KV_DTYPES[spec.kv_dtype],
+            self._kv_dtype,
             spec.max_sequences,
         )
         weights = load_weights(self.checkpoint, self.shard, spec.quantization, on_progress)
@@ -108,9 +107,9 @@ class Rank:
         return max(self.spec.max_step_tokens, self.max_context + self.spec.max_sequences)
 
     def _count_blocks(self) -> int:
-        spec, itemsize = self.spec, np.dtype(KV_DTYPES[self.spec.kv_dtype]).itemsize
+        spec = self.spec
         most = spec.max_sequences * -(-self.max_context // spec.block_size)
-        blocks = kv_blocks_for(self.shard, spec.block_size, itemsize, spec.kv_bytes, most)
+        blocks = kv_blocks_for(self.shard, spec.block_size, self._kv_dtype, spec.kv_bytes, most)
         if blocks * spec.block_size < min(self.max_context, 2 * spec.block_size):
             raise DoesNotFit(
                 f"model {spec.model}: kv_cache.memory of {spec.kv_bytes} bytes holds {blocks * spec.block_size} tokens; "
@@ -148,6 +147,7 @@ class Rank:
             leader=self.rank == 0,
             capture=spec.capture,
         )
+        self.runner.capture_ahead()
         if self.rank > 0:
             self._channel = channel  # type: ignore[assignment]
             return

@@ -64,13 +64,53 @@ class Runner:
         self.slots: dict[int, SlotState] = {}
         blocks = -(-max_context // block_size)
         int32 = lambda *shape: np.zeros(shape, np.int32)
-        self._tables_SB = int32(max_sequences, blocks)
+        self._tables_SB: NDArray[np.int32] = int32(max_sequences, blocks)
         self._ids_T, self._positions_T = int32(max_tokens), int32(max_tokens)
         self._slots_T, self._sequence_T = int32(max_tokens), int32(max_tokens)
         self._rows_S = int32(max_sequences)
-        self._sampled_S, self._logprobs_S = int32(max_sequences), np.zeros(max_sequences, np.float32)
+        self._sampled_S = backend.empty((max_sequences,), np.int32)
         self._graphs: dict[tuple[int, bool], tuple[Graph, Array]] = {}  # by tokens, greedy
+        self._sizes = backend.decode_sizes(max_sequences) if capture else ()
         self._positions = step_positions(model.shard.model.attention, max_tokens)
+        self._staged = backend.staged(self._host_arrays(), self._tables_SB)
+
+    def _host_arrays(self) -> dict[str, NDArray[Any]]:
+        """What is filled before every step."""
+        arrays: dict[str, NDArray[Any]] = {
+            "ids": self._ids_T,
+            "positions": self._positions_T,
+            "slots": self._slots_T,
+            "sequences": self._sequence_T,
+            "rows": self._rows_S,
+        }
+        own = self._positions
+        if own is not None:
+            tables: dict[str, NDArray[Any] | None] = {
+                "cos": own.cos_TR,
+                "sin": own.sin_TR,
+                "q_scale": own.q_scale_T,
+                "rotary": own.rows_T,
+                "visible": own.last_visible_T,
+            }
+            arrays |= {name: array for name, array in tables.items() if array is not None}
+        return arrays
+
+    def capture_ahead(self) -> None:
+        """Capture decode steps of every size that the backend wants ready, and run them: nothing is compiled later."""
+        if (
+            not self._sizes or self.model.comm.size > 1
+        ):  # ranks that join one after another cannot run together yet
+            return
+        tokens, rows = len(self._ids_T), len(self._rows_S)
+        self._pad(0, tokens)
+        self._staged.push()
+        for count in {min(2 * rows + 1, tokens), tokens}:  # prompts
+            self._logits(count, min(rows, count), True)
+        for size in self._sizes:
+            for greedy in (True, False):
+                graph, _ = self._captured(size, greedy)
+                for _ in range(2):  # the first compiles, the second may be made into one launch
+                    graph.replay()
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Carry out one plan; a StepResult on the leader, None on the others."""
@@ -87,6 +127,7 @@ class Runner:
         """float32 [T, vocab]: the logits of every token that the plan computes."""
         self._apply(plan)
         tokens = self._fill(plan.scheduled)
+        self._staged.push()
         h_TE = self.model.hidden(self._inputs(tokens))
         step = len(self._rows_S)
         parts = [
@@ -112,6 +153,7 @@ class Runner:
     def _extend_table(self, slot: int, blocks: list[int]) -> None:
         state = self.slots[slot]
         self._tables_SB[slot, state.blocks : state.blocks + len(blocks)] = blocks
+        self._staged.note(slot * self._tables_SB.shape[1] + state.blocks, len(blocks))
         state.blocks += len(blocks)
 
     def _fill(self, scheduled: list[Scheduled]) -> int:
@@ -134,72 +176,89 @@ class Runner:
         return t
 
     def _inputs(self, tokens: int) -> StepInputs:
-        first = lambda array: None if array is None else array[:tokens]
-        ids_T, positions_T, slots_T, sequence_T = (
-            array[:tokens] for array in (self._ids_T, self._positions_T, self._slots_T, self._sequence_T)
-        )
-        own = self._positions
-        if own is None:
-            return StepInputs(
-                ids_T, positions_T, slots_T, sequence_T, self._tables_SB, positions_T, positions_T
-            )
-        visible_T = positions_T if own.last_visible_T is None else own.last_visible_T[:tokens]
-        tables = (first(own.cos_TR), first(own.sin_TR), first(own.q_scale_T))
+        arrays = self._staged.arrays
+        first = lambda name: arrays[name][:tokens] if name in arrays else None
+        positions_T, visible_T, rotary_T = first("positions"), first("visible"), first("rotary")
         return StepInputs(
-            ids_T, positions_T, slots_T, sequence_T, self._tables_SB, visible_T, own.rows_T[:tokens], *tables
+            first("ids"),
+            positions_T,
+            first("slots"),
+            first("sequences"),
+            self._staged.table,
+            positions_T if visible_T is None else visible_T,
+            positions_T if rotary_T is None else rotary_T,
+            first("cos"),
+            first("sin"),
+            first("q_scale"),
         )
 
     def _forward(self, plan: StepPlan, tokens: int, rows: int, greedy: bool) -> Array:
-        """Logits [S, vocab] of the rows to sample, in the order of plan.scheduled; greedy: their ids too."""
+        """Logits [S or more, vocab] of the rows to sample, in the order of plan.scheduled; greedy: their ids too."""
         if tokens == len(plan.scheduled) == rows:  # each item one token, each sampled: a pure decode step
             return self._decode(tokens, greedy)
         ends_S = np.cumsum([item.num_tokens for item in plan.scheduled])[[s.sample for s in plan.scheduled]]
         self._rows_S[:rows] = ends_S - 1
-        return self._logits(tokens, self._rows_S[:rows], greedy)
+        self._staged.push()
+        return self._logits(tokens, rows, greedy)
 
-    def _logits(self, tokens: int, rows_S: Array | None, greedy: bool) -> Array:
-        """The ops of one step. rows_S None: every token is sampled."""
+    def _logits(self, tokens: int, rows: int | None, greedy: bool) -> Array:
+        """The ops of one step. rows None: every token is sampled."""
         h_TE = self.model.hidden(self._inputs(tokens))
-        S = tokens if rows_S is None else len(rows_S)
+        S = tokens if rows is None else rows
         if not S:
             return None
-        logits_SV = self.model.logits(h_TE, rows_S)
+        logits_SV = self.model.logits(h_TE, None if rows is None else self._staged.arrays["rows"][:rows])
         if greedy:
             self.backend.sample(logits_SV, SamplingBatch.greedy(S), self._sampled_S[:S], None)
         return logits_SV
 
     def _decode(self, tokens: int, greedy: bool) -> Array:
         if not self.capture:
+            self._staged.push()
             return self._logits(tokens, None, greedy)
+        size = next((size for size in self._sizes if size >= tokens), tokens)
+        if size > tokens:
+            self._pad(tokens, size)
+        self._staged.push()
+        graph, logits_SV = self._captured(size, greedy)
+        graph.replay()
+        return logits_SV
+
+    def _pad(self, tokens: int, size: int) -> None:
+        """Rows that store nothing and attend to nothing."""
+        self._ids_T[tokens:size] = self._positions_T[tokens:size] = 0
+        self._slots_T[tokens:size] = self._sequence_T[tokens:size] = -1
+
+    def _captured(self, tokens: int, greedy: bool) -> tuple[Graph, Array]:
         key = tokens, greedy
         if key not in self._graphs:
             with self.backend.capture() as graph:
                 logits_SV = self._logits(tokens, None, greedy)
             self._graphs[key] = (graph, logits_SV)
-        graph, logits_SV = self._graphs[key]
-        graph.replay()
-        return logits_SV
+        return self._graphs[key]
 
     def _sample(self, items: list[Scheduled], logits_SV: Array) -> list[Sampled]:
         """Draw one id a row from the logits."""
         rows = [self.slots[item.slot].row for item in items]
         S, tops = len(items), max(-1 if r.params.logprobs is None else r.params.logprobs for r in rows)
-        ids_S, logprobs_S = self._sampled_S[:S], self._logprobs_S[:S]
-        top_ids_SN = np.empty((S, tops), np.int32) if tops > 0 else None
-        top_SN = np.empty((S, tops), np.float32) if tops > 0 else None
-        wanted = logprobs_S if tops >= 0 else None
-        self.backend.sample(logits_SV, build_batch(rows), ids_S, wanted, top_ids_SN, top_SN)
+        backend, logprobs_S, top_ids_SN, top_SN = self.backend, None, None, None
+        if tops >= 0:
+            logprobs_S = backend.empty((S,), np.float32)
+        if tops > 0:
+            top_ids_SN, top_SN = backend.empty((S, tops), np.int32), backend.empty((S, tops), np.float32)
+        backend.sample(logits_SV[:S], build_batch(rows), self._sampled_S[:S], logprobs_S, top_ids_SN, top_SN)
         sampled = self._drawn(items)
-        if wanted is not None:
-            for out, logprob in zip(sampled, logprobs_S.tolist(), strict=True):
+        if logprobs_S is not None:
+            for out, logprob in zip(sampled, backend.to_host(logprobs_S).tolist(), strict=True):
                 out.logprob = logprob
-        if top_ids_SN is not None and top_SN is not None:
-            for out, row, ids, values in zip(sampled, rows, top_ids_SN, top_SN, strict=True):
+        if top_ids_SN is not None:
+            ids_SN, values_SN = backend.to_host(top_ids_SN), backend.to_host(top_SN)
+            for out, row, ids, values in zip(sampled, rows, ids_SN, values_SN, strict=True):
                 k = row.params.logprobs or 0
                 out.top = list(zip(ids[:k].tolist(), values[:k].tolist(), strict=True))
         return sampled
 
     def _drawn(self, items: list[Scheduled]) -> list[Sampled]:
         """The ids that the step's sampling left, without log-probabilities."""
-        ids = self._sampled_S[: len(items)].tolist()
+        ids = self.backend.to_host(self._sampled_S[: len(items)]).tolist()
         return [Sampled(item.slot, token, 0.0) for item, token in zip(items, ids, strict=True)]

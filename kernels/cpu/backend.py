@@ -33,12 +33,13 @@ from flm.kernels.cpu.recurrent_calls import RecurrentCalls
 from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.staging import HostMemory
 
 Array = NDArray[Any]
 TILE_ROWS = 24  # query rows of one attention task
 
 
-class CpuBackend(ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
+class CpuBackend(HostMemory, ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
     """threads: how many this backend's ops may use. One thread at a time may call it."""
 
     activation = np.float32

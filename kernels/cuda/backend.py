@@ -21,13 +21,14 @@ from flm.kernels.cuda.attention import AttentionSpace
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
 from flm.kernels.cuda.pack import CudaMatrix, pack
 from flm.kernels.cuda.rope import CudaCache
+from flm.kernels.cuda.step_calls import StepCalls
 from flm.kernels.errors import DTypeError, KernelError
 from flm.kernels.quant import QuantizedMatrix
 
 Array = Any
 
 
-class CudaBackend:
+class CudaBackend(StepCalls):
     """One GPU's ops. activation: "float16" or "bfloat16"."""
 
     def __init__(self, device: GraphDevice, activation: str = "bfloat16") -> None:
@@ -55,7 +56,13 @@ class CudaBackend:
         self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
     ) -> CudaCache:
         """float32 stands for the activations' type, which keys and values have; int8 halves it."""
-        kind = self.activation if dtype == np.float32 else np.dtype(dtype).name
+        kind = (
+            self.activation
+            if dtype == np.float32
+            else dtype
+            if isinstance(dtype, str)
+            else np.dtype(dtype).name
+        )
         return rope.kv_cache(self.device, num_blocks, block_size, kv_heads, head_dim, kind)
 
     @contextmanager

@@ -89,6 +89,11 @@ class CupyDevice:
     def download(self, array: Array) -> Any:
         return self._cp.asnumpy(array)
 
+    def free_memory(self) -> int:
+        """Bytes that can still be had, with those that CuPy keeps for later."""
+        self._cp.get_default_memory_pool().free_all_blocks()
+        return int(self._cp.cuda.runtime.memGetInfo()[0])
+
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """The calls' launches as a CUDA graph, launched on the current stream."""
         stream = self._cp.cuda.Stream(non_blocking=True)

@@ -29,6 +29,10 @@ class GraphDevice(Device, Protocol):
         """The array on the host, after whatever was launched before."""
         ...
 
+    def free_memory(self) -> int:
+        """Bytes that can still be had."""
+        ...
+
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """The calls' launches as one; the calls run once here, without launching."""
         ...
@@ -85,6 +89,7 @@ class CudaGraph:
     def __init__(self, device: GraphDevice) -> None:
         self._device = device
         self.calls: list[Callable[[], None]] = []
+        self.waits = False  # whether a call waits for the GPU, which no CUDA graph can
         self.inputs: list[Mirror] = []
         self.outputs: list[tuple[Array, NDArray[Any]]] = []
         self._replays = 0
@@ -94,7 +99,7 @@ class CudaGraph:
         for mirror in self.inputs:
             mirror.refresh()
         self._replays += 1
-        if self._replays == 2:
+        if self._replays == 2 and not self.waits:
             self._launch = self._device.record(self.calls)
         if self._launch is not None:
             self._launch()

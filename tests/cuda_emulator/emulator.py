@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -37,6 +38,7 @@ SETTINGS = (0, 1, 2, 3, 4, 7, 10, 13)
 TOGETHER = 8  # instances in one library
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _libc = ctypes.CDLL(None, use_errno=True)
+_one_at_a_time = threading.Lock()  # the emulation's state is the process' own
 
 Array = NDArray[Any]
 Launch = tuple[Kernel, tuple[int, ...], int, Sequence[Any], int]
@@ -225,6 +227,9 @@ class EmulatedDevice:
     def download(self, array: Array) -> Array:
         return np.array(array)
 
+    def free_memory(self) -> int:
+        return 1 << 30
+
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """Runs the calls at every launch: what they do not launch as kernels is not seen."""
         return lambda: [call() for call in calls] and None
@@ -248,15 +253,16 @@ class EmulatedDevice:
             kinds.append("".join(kind for _, kind in values).encode())
             shapes += [*(*grid, 1, 1)[:3], block, 1, 1]
         n = len(launches)
-        error = library.emu_run(
-            n,
-            (ctypes.c_int * n)(*(self._where[launch[0]][1] for launch in launches)),
-            (ctypes.c_int * len(shapes))(*shapes),
-            (ctypes.c_long * n)(*(launch[4] for launch in launches)),
-            self.setting,
-            None if streams is None else (ctypes.c_int * n)(*streams),
-            (ctypes.c_void_p * n)(*(ctypes.addressof(row) for row in rows)),
-            (ctypes.c_char_p * n)(*kinds),
-        )
+        with _one_at_a_time:
+            error = library.emu_run(
+                n,
+                (ctypes.c_int * n)(*(self._where[launch[0]][1] for launch in launches)),
+                (ctypes.c_int * len(shapes))(*shapes),
+                (ctypes.c_long * n)(*(launch[4] for launch in launches)),
+                self.setting,
+                None if streams is None else (ctypes.c_int * n)(*streams),
+                (ctypes.c_void_p * n)(*(ctypes.addressof(row) for row in rows)),
+                (ctypes.c_char_p * n)(*kinds),
+            )
         if error:
             raise EmulationError(error.decode())

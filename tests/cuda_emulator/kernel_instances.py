@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from flm.kernels.cuda import all_reduce, attention, elementwise, linear, rope, sampling
+from flm.kernels.cuda import all_reduce, attention, elementwise, linear, rope, sampling, staging
 from flm.kernels.cuda.kernel import Kernel, instance
 
 
@@ -46,6 +46,7 @@ INSTANCES: dict[Kernel, int] = {
     instance("embedding.cu", "embedding", "bfloat16", "float32", 8, "__half2", 1): 48,
     instance("embedding.cu", "embedding", "float16", "float16", 16, "float", 0): 40,
     linear.take_columns_kernel(): 32,
+    staging.scatter_kernel(): 32,
     sampling.kernel(): 64,
     all_reduce.kernel("bfloat16"): 64,
     all_reduce.fused_kernel("float32", "float16"): 64,

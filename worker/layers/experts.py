@@ -41,7 +41,7 @@ class Experts:
         array, routing = loading.workspace.array, config.routing
         self._logits_TN, self._gate_T1 = array("router", routing.experts), array("shared_gate", 1)
         self._ids_TK = array("experts", routing.top_k, dtype=np.int32)
-        self._weights_TK = array("expert_weights", routing.top_k)
+        self._weights_TK = array("expert_weights", routing.top_k, dtype=np.float32)
 
     def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:
         """delta = this rank's part of the experts' answers to h."""

@@ -1,0 +1,59 @@
+"""Staged: arrays that the host fills before every step and the step's ops read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any
+
+
+class Staged(Protocol):
+    """The device's side of some host arrays and of one larger table, of which a step changes little.
+
+    `arrays` have the names, shapes and dtypes of the host's; `table` is int32.
+    """
+
+    @property
+    def arrays(self) -> Mapping[str, Array]: ...
+    @property
+    def table(self) -> Array: ...
+
+    def note(self, first: int, count: int) -> None:
+        """Elements first..first + count of the flattened table have changed since the last push."""
+        ...
+
+    def push(self) -> None:
+        """Give the device what the host's arrays hold now, in order with ops; the host's may change at once."""
+        ...
+
+
+class HostStaged:
+    """For backends that read the host's memory: the arrays themselves."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], table: NDArray[np.int32]) -> None:
+        self.arrays, self.table = arrays, table
+
+    def note(self, first: int, count: int) -> None:
+        """Nothing to remember."""
+
+    def push(self) -> None:
+        """Nothing to copy."""
+
+
+class HostMemory:
+    """What backends say of themselves that compute in the host's memory."""
+
+    kv_dtypes = ("float32", "float16")
+
+    def decode_sizes(self, most: int) -> tuple[int, ...]:
+        return ()
+
+    def free_memory(self) -> int | None:
+        return None
+
+    def staged(self, arrays: Mapping[str, NDArray[Any]], table: NDArray[np.int32]) -> HostStaged:
+        return HostStaged(arrays, table)

@@ -1,0 +1,135 @@
+"""The whole engine on the CUDA kernels, emulated on a CPU: tiny checkpoints against the logits of their own code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulator import EmulatedDevice
+
+from flm.kernels.cuda.backend import CudaBackend
+from flm.worker import Engine, SamplingParams, rank
+from flm.worker.errors import BackendUnavailable, InvalidRequest
+
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+TOLERANCE = {"bfloat16": 0.03, "float16": 4e-3}  # of the largest logit
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def device() -> EmulatedDevice:
+    return EmulatedDevice([])
+
+
+@pytest.fixture
+def cuda(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An engine on the emulated device."""
+
+    def engine(name: str = "llama31", activation: str = "bfloat16", **options: Any) -> Engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(rank, "open_backend", lambda *_: CudaBackend(device, activation))
+            return Engine(
+                GOLDEN / name, device="cuda", **{"max_sequences": 4, "max_step_tokens": 16} | options
+            )
+
+    return engine
+
+
+def reference(name: str) -> tuple[list[int], Any]:
+    ref = np.load(GOLDEN / name / "ref.npz")
+    return ref["ids"].tolist(), ref["logits"]
+
+
+def relative(got: Any, want: Any) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"), [("llama31", "bfloat16"), ("llama31", "float16"), ("qwen3", "bfloat16")]
+)
+def test_logits_however_the_prompt_is_cut(cuda: Any, name: str, activation: str) -> None:
+    ids, want = reference(name)
+    with cuda(name, activation) as engine:
+        whole = engine.logits(ids)
+        assert relative(whole, want) < TOLERANCE[activation]
+        for chunk in (1, 5):
+            np.testing.assert_array_equal(engine.logits(ids, chunk=chunk), whole)
+
+
+def test_quantised_weights_and_cache(cuda: Any) -> None:
+    ids, _ = reference("llama31")
+    with Engine(GOLDEN / "llama31", quantization="int4", max_sequences=2) as engine:
+        want = engine.logits(ids)
+    with cuda(quantization="int4", kv_dtype="int8") as engine:
+        got = engine.logits(ids)
+        assert relative(got, want) < TOLERANCE["bfloat16"]
+        np.testing.assert_array_equal(engine.logits(ids, chunk=5), got)
+
+
+def test_greedy_tokens_are_those_of_the_cpu(cuda: Any) -> None:
+    ids = [*reference("llama31")[0], 17]
+    with Engine(GOLDEN / "llama31", max_sequences=2) as engine:
+        (want,) = engine.generate([ids], PARAMS)
+    margins = [step.top[0][1] - step.top[1][1] for step in want.logprobs]
+    assert min(margins) > 0.3, "a prompt whose tokens rounding cannot change is expected"
+    with cuda() as engine:
+        (got,) = engine.generate([ids], PARAMS)
+    assert got.token_ids == want.token_ids
+    for mine, theirs in zip(got.logprobs, want.logprobs, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=0.1)
+
+
+def test_company_padding_capture_and_cached_prefixes_change_no_token(cuda: Any) -> None:
+    """Three decodes take the step captured for four; eager steps have no padding."""
+    ids, _ = reference("llama31")
+    prompts = [ids, ids[2:], [*ids[3:], 17]]
+    params = SamplingParams(max_tokens=6, temperature=0.0, repetition_penalty=1.3, ignore_eos=True)
+    plain = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    results = []
+    for capture in (True, False):
+        with cuda(capture=capture) as engine:
+            for one in (params, plain):
+                results.append([engine.generate([prompt], one)[0].token_ids for prompt in prompts])
+                results.append([done.token_ids for done in engine.generate(prompts, one)])
+            (cached,) = engine.generate([[*ids, *results[2][0]]], plain)
+            assert cached.cached_tokens == 16
+            engine.replica.check()
+    assert results[0] == results[1] == results[4] == results[5]
+    assert results[2] == results[3] == results[6] == results[7]
+    assert results[0] != results[2]
+
+
+def test_seeds_decide_what_is_sampled(cuda: Any) -> None:
+    ids, _ = reference("llama31")
+    with cuda() as engine:
+        draw = lambda seed: engine.generate([ids], SamplingParams(max_tokens=6, seed=seed, ignore_eos=True))[
+            0
+        ]
+        first, again, other = draw(5), draw(5), draw(6)
+    assert first.token_ids == again.token_ids != other.token_ids
+
+
+def test_two_ranks_through_the_memory_of_the_host(cuda: Any) -> None:
+    ids, want = reference("llama31")
+    with cuda(tensor_parallel=2) as engine:
+        whole = engine.logits(ids)
+        assert relative(whole, want) < TOLERANCE["bfloat16"]
+        np.testing.assert_array_equal(engine.logits(ids, chunk=5), whole)
+        (done,) = engine.generate([ids], PARAMS)
+    with cuda() as engine:
+        assert engine.generate([ids], PARAMS)[0].token_ids == done.token_ids
+
+
+def test_what_the_device_cannot_do_is_said(cuda: Any, device: EmulatedDevice) -> None:
+    with pytest.raises(InvalidRequest, match="one of bfloat16, int8 on this device, got float32"):
+        cuda(kv_dtype="float32")
+    with pytest.raises(BackendUnavailable, match="LayerNorm"):
+        cuda("codegen_for_moss")
+
+
+def test_a_machine_without_cupy_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    with pytest.raises(BackendUnavailable, match=r"pip install 'flm-cluster\[cuda13\]'"):
+        Engine(GOLDEN / "llama31", device="cuda")

@@ -22,8 +22,9 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flm.cluster.config import is_loopback
+from flm.cluster.inventory import nodes_of, rank_resources
 from flm.cluster.loop_thread import LoopThread
-from flm.cluster.placement import RANKS_PER_CORE, Node
+from flm.cluster.placement import Node
 from flm.cluster.rank_process import RankProcess, sigkill
 from flm.cluster.ranks import Adopted, RankReport
 from flm.cluster.router import ReplicaRoute
@@ -207,7 +208,7 @@ class RayHost:
 
     def launch(self, spec: GroupSpec, rank: int, node: Node) -> RayRank:
         options = {
-            "num_cpus": 1 / RANKS_PER_CORE,
+            **rank_resources(spec.device),
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
             "max_restarts": 0,
         }
@@ -263,8 +264,7 @@ class RayGateway:
 
 def ray_nodes() -> list[Node]:
     """The nodes that are alive and can hold ranks."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return [_node(node) for node in alive if node["Resources"].get("CPU", 0) >= 1]
+    return nodes_of(ray.nodes())
 
 
 def nodes_at(address: str) -> list[Node]:
@@ -287,14 +287,3 @@ def _find(name: str, namespace: str) -> tuple[int, Any] | None:
         return int(name.rpartition("/")[2]), ray.get_actor(name, namespace)
     except ValueError:  # it died since it was listed
         return None
-
-
-def _node(node: dict[str, Any]) -> Node:
-    resources = node["Resources"]
-    return Node(
-        node["NodeID"],
-        node["NodeManagerAddress"],
-        int(resources["CPU"]),
-        int(resources.get("memory", 0)),
-        int(resources.get("GPU", 0)),
-    )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flm.cluster.config import ClusterConfig, ModelSection, load_config, unserved
+from flm.cluster.config import ClusterConfig, ModelSection, load_config
 from flm.cluster.ending import end_cluster, is_alive
 from flm.cluster.hardware import Hardware, measure_hardware
 from flm.cluster.plan import Plan, plan_cluster
@@ -51,7 +51,6 @@ def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tupl
     if running is not None:
         message = f"cluster {config.name!r} runs already; expected another name, or `flm-cluster down` first"
         yield ("name",), message
-    yield from unserved(config)
     cpus = usable_cpus()
     for index, model in enumerate(config.models):
         if config.ray.address == "local" and model.tensor_parallel > cpus:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,7 +20,6 @@ from flm.cluster.quantization import Quantization
 from flm.cluster.units import Bytes
 from flm.cluster.yaml_source import (
     ConfigErrors,
-    YamlPath,
     YamlSource,
     from_validation,
     known_keys,
@@ -112,7 +110,7 @@ class AdminSection(Section):
 class KvCacheSection(Section):
     """The paged KV cache of each rank: `memory` is its most bytes."""
 
-    dtype: Literal["auto", "float32", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
     memory: Bytes = 1 << 30
 
 
@@ -188,14 +186,6 @@ class ClusterConfig(Section):
 
     def model_named(self, name: str) -> ModelSection:
         return next(model for model in self.models if model.name == name)
-
-
-def unserved(config: ClusterConfig) -> Iterator[tuple[YamlPath, str]]:
-    """What the file asks for that can be planned but not served yet: where, and what was expected."""
-    for index, model in enumerate(config.models):
-        if model.device == "cuda":
-            message = "GPUs can be planned for but not served on yet; expected cpu or auto"
-            yield ("models", index, "device"), message
 
 
 def load_config(path: str | Path) -> ClusterConfig:

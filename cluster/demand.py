@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flm.cluster.shapes import Shapes
+from flm.worker.caches import block_bytes
 from flm.worker.config import ShardSpec
 from flm.worker.errors import ConfigError
 
 # Code, activations and logits of one rank; on a GPU also the context and captured graphs.
 RUNTIME_BYTES = {"cpu": 250 << 20, "cuda": 3 << 30}
 GPU_SHARE = 0.92  # of a GPU's memory that ranks may fill
-KV_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
-DEFAULT_KV = {"cpu": "float32", "cuda": "bfloat16"}
+KV_DTYPES = {"cpu": ("float32", "float16"), "cuda": ("bfloat16", "int8")}  # the usual one first
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Demand:
 
     name: str
     path: str
-    device: str = "cpu"  # cpu or cuda
+    device: str = "cpu"  # cpu, cuda, or auto until the hardware has been looked at
     tensor_parallel: int = 1
     expert_parallel: bool = False
     replicas: int = 1
@@ -58,8 +58,13 @@ class KVPlan:
 
 
 def check_cut(demand: Demand, shapes: Shapes) -> None:
-    """ConfigError where the model cannot be cut into that many ranks, or takes no context that long."""
+    """ConfigError where the model cannot be cut into that many ranks, takes no context that long, or no cache like that."""
     tp, m = demand.tensor_parallel, shapes.config
+    if demand.kv_dtype not in ("auto", *KV_DTYPES[demand.device]):
+        known = " or ".join(KV_DTYPES[demand.device])
+        raise ConfigError(
+            f"expected auto, {known} on {demand.device}, got {demand.kv_dtype}", field="kv_cache.dtype"
+        )
     if demand.max_context > m.max_position:
         raise ConfigError(
             f"expected at most {m.max_position}, the model's own, got {demand.max_context}",
@@ -106,8 +111,8 @@ def _weights(demand: Demand, shapes: Shapes, shard: ShardSpec) -> tuple[int, int
 
 def _kv(demand: Demand, shapes: Shapes, shard: ShardSpec) -> KVPlan:
     """The same count of blocks as the engine's: as many as fit, at most what all sequences can use."""
-    dtype = DEFAULT_KV[demand.device] if demand.kv_dtype == "auto" else demand.kv_dtype
-    per_token = shapes.kv_values_per_token(shard) * KV_ITEMSIZE[dtype]
+    dtype = KV_DTYPES[demand.device][0] if demand.kv_dtype == "auto" else demand.kv_dtype
+    per_token = block_bytes(shard, 1, dtype)
     per_sequence = -(-context(demand, shapes) // demand.block_size)
     most = demand.max_sequences * per_sequence  # all of them where nothing is cached per token
     blocks = min(demand.kv_memory // (per_token * demand.block_size), most) if per_token else most

@@ -19,7 +19,7 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         replica_id=replica_id,
         model=model.name,
         path=model.path,
-        device="cpu" if model.device == "auto" else model.device,  # `unserved` refused what no backend runs
+        device=facts.device,
         tensor_parallel=model.tensor_parallel,
         expert_parallel=model.expert_parallel,
         quantization=model.quantization,
@@ -37,7 +37,7 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
 
 def footprint(replica_id: str, model: ModelSection, facts: ModelFacts) -> Group:
     """What a replica of the model takes of a node."""
-    return Group(replica_id, model.tensor_parallel, facts.rank_memory)
+    return Group(replica_id, model.tensor_parallel, facts.rank_memory, facts.device == "cuda")
 
 
 def ranks_per_node(config: ClusterConfig, replicas: Mapping[str, int], nodes: int) -> int:

@@ -15,6 +15,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flm.cluster.units import Bytes
+from flm.kernels.cuda.inventory import visible_gpus
 
 GIB = 1 << 30
 
@@ -117,13 +118,19 @@ def named_hardware(specs: list[NodeSpec]) -> Hardware:
 
 
 def measure_hardware() -> Hardware:
-    """This machine: usable cores, memory available now, and copy bandwidth (a moment of copying).
-
-    No GPUs are looked for: this release computes on CPUs.
-    """
+    """This machine: usable cores, memory available now, copy bandwidth (a moment of copying), and its GPUs of the first
+    one's kind."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    node = Machine("localhost", cpus, psutil.virtual_memory().available, _copy_bandwidth(min(cpus, 16)))
-    return Hardware((node,), measured=True)
+    gpus = visible_gpus()
+    alike = [gpu for gpu in gpus if gpu == gpus[0]]
+    gpu = Gpu(alike[0].name, alike[0].memory, alike[0].bandwidth) if alike else None
+    memory, bandwidth = psutil.virtual_memory().available, _copy_bandwidth(min(cpus, 16))
+    return Hardware((Machine("localhost", cpus, memory, bandwidth, len(alike), gpu),), measured=True)
+
+
+def known_gpu(kind: str) -> Gpu | None:
+    """The table's GPU of Ray's name for it (H100, A100-80G), where it has one."""
+    return KNOWN_GPUS.get(kind.lower())
 
 
 def _copy_bandwidth(threads: int) -> float:

@@ -8,7 +8,9 @@ import grpc
 import psutil
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from flm.cluster.hardware import Hardware, Machine
+from flm.cluster.hardware import Hardware, Machine, known_gpu
+from flm.cluster.placement import Node
+from flm.kernels.cuda.inventory import installed
 from flm.worker.errors import Unavailable
 
 ANSWER_SECONDS = 3.0  # Ray's own attempts to connect go on for two minutes
@@ -37,9 +39,15 @@ def join_ray(address: str) -> JoinedRay:
         raise Unavailable(
             f"this machine is no node of the Ray cluster at {address}; expected `ray start --address={address}` first"
         )
-    # Ranks compute on CPUs: GPUs that Ray knows of are not counted.
-    nodes = [Machine(node.name, node.cpus, node.memory) for node in actors.nodes_at(address)]
-    return JoinedRay(address, Hardware(tuple(nodes), measured=True))
+    machines = [machine_of(node, installed()) for node in actors.nodes_at(address)]
+    return JoinedRay(address, Hardware(tuple(machines), measured=True))
+
+
+def machine_of(node: Node, gpus_usable: bool) -> Machine:
+    """gpus_usable: CuPy is installed, here and so on all nodes; where it is not, ranks compute on CPUs."""
+    if not gpus_usable:
+        return Machine(node.name, node.cpus, node.memory)
+    return Machine(node.name, node.cpus, node.memory, gpus=node.gpus, gpu=known_gpu(node.gpu_kind))
 
 
 def require_answer(address: str) -> None:

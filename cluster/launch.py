@@ -35,6 +35,7 @@ def facts_of(plan: Plan) -> dict[str, ModelFacts]:
             max_context=model.max_context,
             architecture=model.architecture,
             precision=model.precision,
+            device=model.ranks[0].device if model.ranks else "cpu",
         )
         for model in plan.models
     }

@@ -1,7 +1,8 @@
 """Which node holds which replica group. Pure: no I/O, no clock.
 
-The ranks of a group stay on one node, for they talk through its shared memory. Ranks on CPUs may share cores (a
-group that waits costs none), up to RANKS_PER_CORE of them; memory is never shared.
+The ranks of a group stay on one node, for they talk through its shared memory, or over the links between its GPUs. Ranks
+on CPUs may share cores (a group that waits costs none), up to RANKS_PER_CORE of them; memory is never shared, and a GPU
+belongs to one rank.
 """
 
 from __future__ import annotations
@@ -24,15 +25,27 @@ class Node:
     cpus: int
     memory: int
     gpus: int = 0
+    gpu_kind: str = ""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What one replica needs: `tensor_parallel` ranks of at most `rank_memory` bytes each."""
+    """What one replica needs: `tensor_parallel` ranks of at most `rank_memory` bytes each, of the node's memory or, with
+    gpus, of a GPU's for each."""
 
     replica_id: str
     tensor_parallel: int
     rank_memory: int
+    on_gpus: bool = False
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor_parallel if self.on_gpus else 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the node's own memory."""
+        return 0 if self.on_gpus else self.tensor_parallel * self.rank_memory
 
 
 def place(groups: Sequence[Group], nodes: Sequence[Node], placed: Mapping[str, str]) -> dict[str, str]:
@@ -49,18 +62,20 @@ def place(groups: Sequence[Group], nodes: Sequence[Node], placed: Mapping[str, s
         if not fitting:
             reasons = "; ".join(f"{by_id[i].name}: {text}" for i, text in shortages.items()) or "no nodes"
             raise DoesNotFit(f"replica {group.replica_id} fits on no node: {reasons}")
-        chosen[group.replica_id] = min(fitting, key=lambda i: (_load(by_id[i], held[i]), i))
+        chosen[group.replica_id] = min(fitting, key=lambda i: (_load(group, by_id[i], held[i]), i))
     return chosen
 
 
-def _load(node: Node, held: Sequence[Group]) -> float:
-    """Ranks per core."""
+def _load(group: Group, node: Node, held: Sequence[Group]) -> float:
+    """Ranks per core; of GPUs, those left beside the group, so that large groups find whole nodes later."""
+    if group.on_gpus:
+        return node.gpus - sum(other.gpus for other in held) - group.gpus
     return sum(group.tensor_parallel for group in held) / node.cpus
 
 
 def _shortage(group: Group, node: Node, held: Sequence[Group]) -> str:
     """What the node lacks for the group beside those it holds; empty where it fits."""
-    if group.tensor_parallel > node.cpus:
+    if group.tensor_parallel > node.cpus and not group.on_gpus:
         return (
             f"tensor_parallel {group.tensor_parallel} is larger than the machine, which has {node.cpus} "
             f"{'core' if node.cpus == 1 else 'cores'}"
@@ -68,8 +83,10 @@ def _shortage(group: Group, node: Node, held: Sequence[Group]) -> str:
     ranks = sum(other.tensor_parallel for other in held) + group.tensor_parallel
     if ranks > node.cpus * RANKS_PER_CORE:
         return f"{ranks} ranks on {node.cpus} cores; expected at most {RANKS_PER_CORE} per core"
-    free = node.memory - sum(other.tensor_parallel * other.rank_memory for other in held)
-    wanted = group.tensor_parallel * group.rank_memory
+    unused = node.gpus - sum(other.gpus for other in held)
+    if group.gpus > unused:
+        return f"needs {group.gpus} GPUs, {unused} of {node.gpus} are free"
+    free, wanted = node.memory - sum(other.memory for other in held), group.memory
     if wanted > free:
         return f"needs {format_bytes(wanted)} of memory, {format_bytes(max(0, free))} are free"
     return ""

@@ -7,7 +7,7 @@ that one token must read, over memory bandwidth.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,6 +19,7 @@ from flm.cluster.hardware import Hardware, measure_hardware, named_hardware
 from flm.cluster.ledger import NodeLedger, place_replica
 from flm.cluster.shapes import Shapes, read_shapes
 from flm.cluster.units import format_bytes
+from flm.worker.device_support import missing_on_gpus
 from flm.worker.errors import DoesNotFit
 
 COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s")
@@ -116,18 +117,15 @@ def plan_cluster(config: ClusterConfig, hardware: Hardware | None = None) -> Pla
     Raises CheckpointError where a model's shapes cannot be read, ConfigError where it cannot be cut as asked."""
     if hardware is None:
         hardware = named_hardware(config.hardware) if config.hardware else measure_hardware()
-    return plan_demands([demand_of(model, hardware) for model in config.models], hardware)
+    return plan_demands([demand_of(model) for model in config.models], hardware)
 
 
-def demand_of(model: ModelSection, hardware: Hardware) -> Demand:
-    """What the YAML's model asks for on that hardware; device auto means GPUs where there are any."""
-    device = model.device
-    if device == "auto":
-        device = "cuda" if any(node.gpus for node in hardware.nodes) else "cpu"
+def demand_of(model: ModelSection) -> Demand:
+    """What the YAML's model asks for."""
     return Demand(
         name=model.name,
         path=model.path,
-        device=device,
+        device=model.device,
         tensor_parallel=model.tensor_parallel,
         expert_parallel=model.expert_parallel,
         replicas=model.replicas.start,
@@ -147,12 +145,24 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
     obstacles: list[str] = []
     for demand in demands:
         shapes = read_shapes(demand.path)
+        missing_there = missing_on_gpus(shapes.config) if hardware.measured else ""
+        if demand.device == "auto":
+            demand = replace(demand, device=_device(hardware, missing_there))
+        elif demand.device == "cuda" and missing_there:
+            obstacles.append(
+                f"model {demand.name}: no kernels for {missing_there} on GPUs yet; expected device: cpu"
+            )
         model, missing = _plan_model(demand, shapes, ledgers)
         models.append(model)
         problems += missing
         obstacles += [f"model {demand.name}: {shapes.unservable}"] if shapes.unservable else []
     problems += [problem for ledger in ledgers for problem in ledger.problems()]
     return Plan(tuple(models), hardware, tuple(dict.fromkeys(problems)), tuple(obstacles))
+
+
+def _device(hardware: Hardware, missing_there: str) -> str:
+    """Of device auto: GPUs where there are any that can run the model."""
+    return "cuda" if any(node.gpus for node in hardware.nodes) and not missing_there else "cpu"
 
 
 def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tuple[ModelPlan, list[str]]:

@@ -29,6 +29,7 @@ class ModelFacts:
     max_context: int  # tokens
     architecture: str = ""
     precision: str = ""
+    device: str = "cpu"  # cpu or cuda, of every rank
 
 
 @dataclass(frozen=True)

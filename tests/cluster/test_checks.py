@@ -81,11 +81,6 @@ def test_more_ranks_than_cores_are_refused_in_a_sentence(folder: Path) -> None:
     assert f"{ranks} ranks are larger than the machine; expected at most its {ranks - 1} cores" in str(error)
 
 
-def test_what_is_only_planned_for_is_refused(folder: Path) -> None:
-    error = refusal(write(folder, GOOD + "    device: cuda\n"))
-    assert (error.line, error.field) == (7, "models[0].device")
-
-
 def test_missing_tls_files_are_refused(folder: Path) -> None:
     text = GOOD.replace("GATEWAY}", "GATEWAY, tls: {cert_file: /no.pem, key_file: /no.key}}")
     assert refusal(write(folder, text)).field == "gateway.tls.cert_file"

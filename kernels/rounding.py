@@ -11,14 +11,9 @@ from numpy.typing import NDArray
 from flm.kernels.quant import QuantizedMatrix, pack_nibbles
 
 F32 = NDArray[np.float32]
-NARROWINGS = (
-    1.0,
-    0.92,
-    0.84,
-    0.76,
-    0.68,
-)  # of a group's range: its outermost weights are given up for the others
-REFITS = 2
+# parts of a group's range: its outermost weights are given up for the others
+NARROWINGS = (1.0, 0.94, 0.88, 0.82, 0.75, 0.69, 0.63, 0.56)
+REFITS = 3
 TOP = 15
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import cast
 
 from flm.kernels.backend import Backend
-from flm.kernels.errors import KernelError
+from flm.kernels.errors import DeviceMemoryFull, KernelError
 from flm.worker.blocks import BlockPool
-from flm.worker.caches import kv_blocks_for, kv_dtype, make_caches
+from flm.worker.caches import block_bytes, kv_blocks_for, kv_dtype, make_caches
 from flm.worker.channel import (
     FollowerChannel,
     LeaderChannel,
@@ -80,6 +80,15 @@ class Rank:
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
         self._kv_dtype = kv_dtype(spec.kv_dtype, self.backend)
         self.num_blocks = self._count_blocks()
+        try:
+            self._fill_memory(on_progress)
+        except DeviceMemoryFull as error:
+            kv = self.num_blocks * block_bytes(self.shard, spec.block_size, self._kv_dtype)
+            planned = f"{kv / 2**20:,.0f} MiB of KV cache ({self.num_blocks * spec.block_size:,} tokens)"
+            raise DoesNotFit(f"model {spec.model} rank {self.rank}, with {planned}: {error}") from error
+
+    def _fill_memory(self, on_progress: Callable[[float], None]) -> None:
+        spec = self.spec
         self._caches = make_caches(
             self.backend,
             self.shard,

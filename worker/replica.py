@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from flm.kernels.errors import CollectiveAborted, CollectiveTimeout, KernelError
+from flm.kernels.errors import CollectiveAborted, CollectiveTimeout, DeviceMemoryFull, KernelError
 from flm.worker.channel import LeaderChannel
 from flm.worker.config import ModelConfig
-from flm.worker.errors import FlmError, InternalError, RankFailed, Unavailable
+from flm.worker.errors import DoesNotFit, FlmError, InternalError, RankFailed, Unavailable
 from flm.worker.limits import Load
 from flm.worker.request import Request, TokenEvent
 from flm.worker.runner import Runner
@@ -198,4 +198,6 @@ def as_flm_error(error: Exception) -> FlmError:
         return error
     if isinstance(error, CollectiveAborted | CollectiveTimeout):
         return RankFailed(str(error))
+    if isinstance(error, DeviceMemoryFull):
+        return DoesNotFit(str(error))
     return InternalError(f"{type(error).__name__}: {error}")

@@ -10,8 +10,10 @@ import pytest
 from emulator import EmulatedDevice
 
 from flm.kernels.cuda.backend import CudaBackend
+from flm.kernels.errors import DeviceMemoryFull
 from flm.worker import Engine, SamplingParams, rank
-from flm.worker.errors import BackendUnavailable, InvalidRequest
+from flm.worker.errors import BackendUnavailable, DoesNotFit, InvalidRequest
+from flm.worker.replica import as_flm_error
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 TOLERANCE = {"bfloat16": 0.03, "float16": 4e-3}  # of the largest logit
@@ -133,3 +135,18 @@ def test_a_machine_without_cupy_is_told_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'flm-cluster\[cuda13\]'"):
         Engine(GOLDEN / "llama31", device="cuda")
+
+
+def test_a_full_gpu_is_told_with_the_plans_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(EmulatedDevice):
+        def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+            raise DeviceMemoryFull(1 << 30, 1 << 28, 8 << 30)
+
+    monkeypatch.setattr(rank, "open_backend", lambda *_: CudaBackend(Full([])))
+    with pytest.raises(DoesNotFit) as caught:
+        Engine(GOLDEN / "llama31", device="cuda", max_sequences=5)
+    said = str(caught.value)
+    assert (
+        "rank 0, with 0 MiB of KV cache (320 tokens): the GPU has no room for 1,024 MiB more: 256 MiB" in said
+    )
+    assert isinstance(as_flm_error(DeviceMemoryFull(1, 2, 3)), DoesNotFit)

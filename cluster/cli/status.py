@@ -46,7 +46,7 @@ def status(
     console.print(table(found))
     for model in found.models:
         for replica in model.replicas:
-            for line in (replica.message, hottest_expert(replica)):
+            for line in (why_not_ready(replica), hottest_expert(replica)):
                 if line:
                     console.print(f"{replica.replica_id}: {line}", soft_wrap=True, markup=False)
 
@@ -80,6 +80,15 @@ def table(found: flm_pb2.ClusterStatus) -> Table:
         if not model.replicas:
             made.add_row(name)
     return made
+
+
+def why_not_ready(replica: flm_pb2.ReplicaStatus) -> str:
+    """What is wrong with a replica; of one that serves again, what was."""
+    from flm.proto import flm_pb2
+
+    if replica.message and replica.state == flm_pb2.REPLICA_STATE_READY:
+        return f"started again after: {replica.message}"
+    return replica.message
 
 
 def hottest_expert(replica: flm_pb2.ReplicaStatus) -> str:

@@ -1,8 +1,8 @@
-"""What `flm-cluster status` says of experts."""
+"""What `flm-cluster status` says below its table."""
 
 from __future__ import annotations
 
-from flm.cluster.cli.status import hottest_expert
+from flm.cluster.cli.status import hottest_expert, why_not_ready
 from flm.proto import flm_pb2
 
 
@@ -18,3 +18,12 @@ def test_the_hottest_expert_is_named() -> None:
 
 def test_without_tokens_or_experts_there_is_none() -> None:
     assert hottest_expert(replica([0, 0])) == hottest_expert(replica()) == ""
+
+
+def test_a_failure_that_is_over_is_told_as_past() -> None:
+    fault = "rank 0: died"
+    failed = flm_pb2.ReplicaStatus(state=flm_pb2.REPLICA_STATE_FAILED, message=fault)
+    ready = flm_pb2.ReplicaStatus(state=flm_pb2.REPLICA_STATE_READY, message=fault)
+    assert why_not_ready(failed) == fault
+    assert why_not_ready(ready) == f"started again after: {fault}"
+    assert why_not_ready(flm_pb2.ReplicaStatus(state=flm_pb2.REPLICA_STATE_READY)) == ""

@@ -15,7 +15,7 @@ from flm.cluster.hardware import Hardware, measure_hardware
 from flm.cluster.plan import Plan, plan_cluster
 from flm.cluster.ray_head import usable_cpus
 from flm.cluster.served_model import read_words
-from flm.cluster.state import Endpoint, load_endpoint
+from flm.cluster.state import Endpoint, load_endpoint, running_clusters
 from flm.cluster.yaml_source import YamlPath, error_at
 from flm.kernels.errors import OpenMPMissing
 from flm.kernels.openmp import require_openmp
@@ -61,9 +61,17 @@ def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tupl
             if not os.access(path, os.R_OK):
                 yield ("gateway", "tls", key), f"cannot read {path}; expected a PEM file"
     for section, listen in (("gateway", config.gateway.listen), ("admin", config.admin.listen)):
-        reason = why_taken(listen)
+        reason = _own_cluster_at(listen) or why_taken(listen)
         if reason:
             yield (section, "listen"), f"cannot listen on {listen}: {reason}; expected a free port"
+
+
+def _own_cluster_at(listen: str) -> str:
+    """That a running cluster of ours has the port, or ""."""
+    for endpoint in filter(None, map(load_endpoint, running_clusters())):
+        if listen in (endpoint.gateway, endpoint.admin) and is_alive(endpoint):
+            return f"cluster {endpoint.name!r} has it, until `flm-cluster down --cluster {endpoint.name}`"
+    return ""
 
 
 def why_taken(listen: str) -> str:

@@ -18,9 +18,9 @@ from flm.cluster.demand import Demand, RankSize, check_cut, context, rank_sizes
 from flm.cluster.hardware import Hardware, measure_hardware, named_hardware
 from flm.cluster.ledger import NodeLedger, place_replica
 from flm.cluster.shapes import Shapes, read_shapes
-from flm.cluster.units import format_bytes
+from flm.cluster.units import format_bytes, format_count
 from flm.worker.device_support import missing_on_gpus
-from flm.worker.errors import DoesNotFit
+from flm.worker.errors import ConfigError, DoesNotFit
 
 COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s")
 
@@ -78,8 +78,8 @@ class Plan:
     def table(self) -> Table:
         """A table for people: one row per rank; what concerns a whole replica stands at its rank 0."""
         source = "measured here" if self.hardware.measured else "as named in the file"
-        models = [f"{m.name} {m.parameters / 1e9:.4g}B {m.precision}" for m in self.models]
-        title = f"Plan for hardware {source}; all figures are estimates. {', '.join(models)}"
+        models = [f"{m.name}: {format_count(m.parameters)} parameters, {m.precision}" for m in self.models]
+        title = "\n".join([f"Plan for hardware {source}; all figures are estimates.", *models])
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in COLUMNS:
             table.add_column(heading, justify="left" if heading in COLUMNS[:3] else "right", no_wrap=True)
@@ -143,7 +143,7 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
     models: list[ModelPlan] = []
     problems: list[str] = []
     obstacles: list[str] = []
-    for demand in demands:
+    for index, demand in enumerate(demands):
         shapes = read_shapes(demand.path)
         missing_there = missing_on_gpus(shapes.config) if hardware.measured else ""
         if demand.device == "auto":
@@ -152,7 +152,10 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
             obstacles.append(
                 f"model {demand.name}: no kernels for {missing_there} on GPUs yet; expected device: cpu"
             )
-        model, missing = _plan_model(demand, shapes, ledgers)
+        try:
+            model, missing = _plan_model(demand, shapes, ledgers)
+        except ConfigError as error:
+            raise ConfigError(error.message, field=f"models[{index}].{error.field}") from None
         models.append(model)
         problems += missing
         obstacles += [f"model {demand.name}: {shapes.unservable}"] if shapes.unservable else []

@@ -1,4 +1,4 @@
-"""Sizes as people write them: "1GiB", "512 MB", 1073741824."""
+"""Sizes as people write them: "1GiB", "512 MB", 1073741824; and counts: "134.5 M"."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def format_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB" if abs(count) < 1000 else f"{count:,.0f} TiB"
+
+
+def format_count(count: float) -> str:
+    """Four digits and a decimal unit: "134.5 M", "72.29 B"."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count:.0f}"
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +53,18 @@ def dotted(path: YamlPath) -> str:
 def error_at(text: str, file: str, path: YamlPath, message: str) -> ConfigError:
     """An error of a text that was parsed before, with its line."""
     return parse_yaml(text, file).error(path, message)
+
+
+@contextmanager
+def lines_of(text: str, file: str) -> Iterator[None]:
+    """A ConfigError that names a field of this file, found out later, gets its file and line."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.line or not error.field.startswith("models["):
+            raise
+        path = tuple(int(part) if part.isdecimal() else part for part in re.findall(r"\w+", error.field))
+        raise error_at(text, file, path, error.message) from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -49,7 +49,7 @@ def parse_quantization(quantization: str) -> Precision:
     if re.match(QUANTIZATION_PATTERN, quantization) is None:
         known = ", ".join(QUANTIZATIONS)
         raise ConfigError(
-            f"one of {known}, or int4:group=64, expected, got {quantization!r}", field="quantization"
+            f"expected one of {known}, or int4:group=64; got {quantization!r}", field="quantization"
         )
     group = int(rest) if separator else DEFAULT_GROUP
     if group % SMALL_GROUP or not SMALL_GROUP <= group <= LARGEST_GROUP:

@@ -18,8 +18,11 @@ def plan(
 
     from flm.cluster.config import load_config
     from flm.cluster.plan import plan_cluster
+    from flm.cluster.yaml_source import lines_of
 
-    made = plan_cluster(load_config(file))
+    config = load_config(file)
+    with lines_of(file.read_text(encoding="utf-8"), str(file)):
+        made = plan_cluster(config)
     if as_json:
         print(json.dumps(made.to_json(), indent=2))
     else:

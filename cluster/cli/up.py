@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from flm.cluster.checks import Checked
-    from flm.cluster.plan import Plan
     from flm.cluster.state import Endpoint
 
 LOOK = 2.0  # seconds between looks at a cluster that serves
@@ -64,12 +63,15 @@ def _start(checked: Checked, console: Console) -> Endpoint:
     from flm.cluster import launch
     from flm.cluster.checks import check_plan
     from flm.cluster.ray_head import StartingHead
+    from flm.cluster.yaml_source import lines_of
 
     head = StartingHead() if checked.config.ray.address == "local" else None
     try:
         joined = launch.join(checked) if head is None else None
-        plan = check_plan(checked.config, joined.hardware if joined else None)
-        _refuse_misfit(plan, console)
+        with lines_of(checked.text, checked.file):
+            plan = check_plan(checked.config, joined.hardware if joined else None)
+        console.print(plan.table())
+        plan.require_servable()
         if head is not None:
             head.go()
         if launch.needs_compiling():
@@ -82,12 +84,6 @@ def _start(checked: Checked, console: Console) -> Endpoint:
         if head is not None:
             head.stop()
         raise
-
-
-def _refuse_misfit(plan: Plan, console: Console) -> None:
-    if not plan.fits:
-        console.print(plan.table())
-    plan.require_servable()
 
 
 def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: bool) -> None:

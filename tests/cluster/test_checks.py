@@ -69,6 +69,15 @@ def test_a_taken_port_is_refused_with_its_line(folder: Path, taken_port: int) ->
     assert f"cannot listen on 127.0.0.1:{taken_port}: the port is taken by another program" in str(error)
 
 
+def test_a_port_of_a_running_cluster_names_it(
+    folder: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_endpoint(Endpoint("first", f"127.0.0.1:{taken_port}", "127.0.0.1:2"))
+    monkeypatch.setattr(checks, "is_alive", lambda endpoint: endpoint.name == "first")
+    said = str(refusal(write(folder, gateway=taken_port)))
+    assert "cluster 'first' has it, until `flm-cluster down --cluster first`" in said
+
+
 def test_an_address_of_another_machine_is_refused() -> None:
     assert why_taken("203.0.113.7:4000")
     assert why_taken(f"127.0.0.1:{free_port()}") == ""

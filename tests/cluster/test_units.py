@@ -2,7 +2,7 @@
 
 import pytest
 
-from flm.cluster.units import parse_bytes
+from flm.cluster.units import format_count, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,8 @@ def test_sizes(text: object, count: int | None) -> None:
 def test_what_is_no_size(size: object) -> None:
     with pytest.raises(ValueError, match="expected"):
         parse_bytes(size)
+
+
+def test_counts() -> None:
+    counts = [7, 1500, 134_515_008, 72_290_000_000, 1.2e12]
+    assert [format_count(count) for count in counts] == ["7", "1.5 k", "134.5 M", "72.29 B", "1.2 T"]

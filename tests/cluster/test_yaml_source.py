@@ -2,7 +2,7 @@
 
 import pytest
 
-from flm.cluster.yaml_source import parse_yaml
+from flm.cluster.yaml_source import lines_of, parse_yaml
 from flm.worker.errors import ConfigError
 
 LAUGHS = "a0: &a0 [lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
@@ -37,3 +37,17 @@ def test_lines_of_values() -> None:
     source = parse_yaml("a: 1\nb:\n- c: 2024-01-31\n", "c.yaml")
     assert source.lines == {(): 1, ("a",): 1, ("b",): 2, ("b", 0): 3, ("b", 0, "c"): 3}
     assert str(source.data["b"][0]["c"]) == "2024-01-31"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("models[0].max_context", "c.yaml:3: models[0].max_context: too long"),
+        ("models[0].other", "c.yaml:2: models[0].other: too long"),
+        ("api_key", "api_key: too long"),
+    ],
+)
+def test_what_is_found_out_later_gets_its_place(name: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught, lines_of("models:\n- name: m\n  max_context: 9\n", "c.yaml"):
+        raise ConfigError("too long", field=name)
+    assert str(caught.value) == said

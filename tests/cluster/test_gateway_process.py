@@ -30,7 +30,7 @@ models:
 async def test_what_stops_it_is_kept(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
     class Lame:
         def __init__(self, *_: object, **__: object) -> None: ...
-        async def start(self) -> str:
+        async def start(self, patience: float = 0.0) -> str:
             raise error
 
     monkeypatch.setattr(gateway_process, "Gateway", Lame)

@@ -35,7 +35,8 @@ class Answer:
         return (len(self.token_ids) - 1) / self.decode if self.decode and len(self.token_ids) > 1 else 0.0
 
     def stats(self) -> str:
-        moved = f", moved {self.restarts} times" if self.restarts else ""
+        times = "once" if self.restarts == 1 else f"{self.restarts} times"
+        moved = f", moved {times}" if self.restarts else ""
         return (
             f"{len(self.token_ids)} tokens, {self.tokens_per_second:.1f} tokens/s, "
             f"first after {self.first_token:.3f} s ({self.prompt_tokens} prompt tokens{moved})"

@@ -1,7 +1,6 @@
 """What the engine asks of a GPU beside a model's ops: inputs of a step, sizes of captured steps, free memory, collectives.
 
-Collectives go through the memory of the host, for ranks that no faster way joins: correct, and slow. Ranks of one host with
-a GPU each talk through NCCL instead (flm.worker.comm_nccl). Sums are float32, in rank order.
+Collectives go through the memory of the host: correct, and slow. Sums are float32, in rank order.
 """
 
 from __future__ import annotations

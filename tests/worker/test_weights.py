@@ -185,7 +185,8 @@ def test_too_many_ranks_and_unknown_precisions() -> None:
         lambda: load_weights(checkpoint, shard_spec(checkpoint, 1, 0, "auto"), "int3", lambda _: None),
     ):
         with pytest.raises(
-            ConfigError, match=r"quantization: expected one of auto, int4, int8, .* or int4:group=64; got 'int3'"
+            ConfigError,
+            match=r"quantization: expected one of auto, int4, int8, .* or int4:group=64; got 'int3'",
         ):
             call()
 

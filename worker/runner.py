@@ -199,7 +199,12 @@ class Runner:
         ends_S = np.cumsum([item.num_tokens for item in plan.scheduled])[[s.sample for s in plan.scheduled]]
         self._rows_S[:rows] = ends_S - 1
         self._staged.push()
-        return self._logits(tokens, rows, greedy)
+        if not self.capture:
+            return self._logits(tokens, rows, greedy)
+        with self.backend.capture() as graph:  # used once: between single ops the other threads would fall asleep
+            logits_SV = self._logits(tokens, rows, greedy)
+        graph.replay()
+        return logits_SV
 
     def _logits(self, tokens: int, rows: int | None, greedy: bool) -> Array:
         """The ops of one step. rows None: every token is sampled."""

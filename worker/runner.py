@@ -201,7 +201,8 @@ class Runner:
         self._staged.push()
         if not self.capture:
             return self._logits(tokens, rows, greedy)
-        with self.backend.capture() as graph:  # used once: between single ops the other threads would fall asleep
+        # one program though it is used once: between single ops the other threads would fall asleep
+        with self.backend.capture() as graph:
             logits_SV = self._logits(tokens, rows, greedy)
         graph.replay()
         return logits_SV

@@ -44,12 +44,10 @@ def test_a_killed_rank_costs_no_stream_a_token(
         streams = Streams(client, TOKENS)
         cluster.wait(lambda: streams.running, 30)
         victim = cluster.replicas()[rank]  # another replica each time
-        moved = victim.load.running
         os.kill(victim.ranks[rank].pid, signal.SIGKILL)
         outcomes = streams.wait()
     assert_same(outcomes, undisturbed)
-    assert sorted({o.restarts for o in outcomes}) == [0, 1]
-    assert moved > 0
+    assert {o.restarts for o in outcomes} == {0, 1}  # some moved, once each, and the others did not notice
     cluster.wait_until_whole()
     rebuilt = next(r for r in cluster.replicas() if r.replica_id == victim.replica_id)
     assert rebuilt.ranks[rank].pid != victim.ranks[rank].pid

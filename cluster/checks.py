@@ -13,10 +13,10 @@ from flm.cluster.config import ClusterConfig, ModelSection, load_config
 from flm.cluster.ending import end_cluster, is_alive
 from flm.cluster.hardware import Hardware, measure_hardware
 from flm.cluster.plan import Plan, plan_cluster
-from flm.cluster.ray_head import usable_cpus
 from flm.cluster.served_model import read_words
 from flm.cluster.state import Endpoint, load_endpoint, running_clusters
 from flm.cluster.yaml_source import YamlPath, error_at
+from flm.kernels.cores import usable_cpus
 from flm.kernels.errors import OpenMPMissing
 from flm.kernels.openmp import require_openmp
 from flm.worker.errors import BackendUnavailable, ConfigError

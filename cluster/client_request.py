@@ -94,12 +94,16 @@ class Sampling:
         return options
 
 
+def _name(model: str) -> str:
+    """A model's name that every message takes."""
+    with _field("model"):
+        return str(flm_pb2.GetModelInfoRequest(model=model).model)
+
+
 def generate_request(
     prompt: str | Sequence[int], sampling: Sampling | None, model: str
 ) -> flm_pb2.GenerateRequest:
-    request = flm_pb2.GenerateRequest(sampling=(sampling or Sampling()).to_proto())
-    with _field("model"):
-        request.model = model
+    request = flm_pb2.GenerateRequest(model=_name(model), sampling=(sampling or Sampling()).to_proto())
     with _field("prompt"):
         if isinstance(prompt, str):
             request.prompt = prompt
@@ -111,9 +115,7 @@ def generate_request(
 def chat_request(
     messages: str | Sequence[Message], sampling: Sampling | None, model: str
 ) -> flm_pb2.ChatRequest:
-    request = flm_pb2.ChatRequest(sampling=(sampling or Sampling()).to_proto())
-    with _field("model"):
-        request.model = model
+    request = flm_pb2.ChatRequest(model=_name(model), sampling=(sampling or Sampling()).to_proto())
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     with _field("messages", "expected a sequence"):
@@ -125,9 +127,7 @@ def chat_request(
 
 
 def tokenize_request(text: str, model: str, add_special_tokens: bool) -> flm_pb2.TokenizeRequest:
-    request = flm_pb2.TokenizeRequest(add_special_tokens=add_special_tokens)
-    with _field("model"):
-        request.model = model
+    request = flm_pb2.TokenizeRequest(model=_name(model), add_special_tokens=add_special_tokens)
     with _field("text"):
         request.text = text
     return request
@@ -136,19 +136,15 @@ def tokenize_request(text: str, model: str, add_special_tokens: bool) -> flm_pb2
 def detokenize_request(
     ids: Sequence[int], model: str, skip_special_tokens: bool
 ) -> flm_pb2.DetokenizeRequest:
-    request = flm_pb2.DetokenizeRequest(skip_special_tokens=skip_special_tokens)
-    with _field("model"):
-        request.model = model
+    request = flm_pb2.DetokenizeRequest(model=_name(model), skip_special_tokens=skip_special_tokens)
     with _field("ids"):
         request.ids.extend(ids)
     return request
 
 
 def model_info_request(model: str) -> flm_pb2.GetModelInfoRequest:
-    with _field("model"):
-        return flm_pb2.GetModelInfoRequest(model=model)
+    return flm_pb2.GetModelInfoRequest(model=_name(model))
 
 
 def health_request(model: str) -> health_pb2.HealthCheckRequest:
-    with _field("model"):
-        return health_pb2.HealthCheckRequest(service=model)
+    return health_pb2.HealthCheckRequest(service=_name(model))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flm.cluster.shapes import Shapes
+from flm.kernels.cuda import step_calls
+from flm.kernels.staging import HostMemory
 from flm.worker.caches import block_bytes
 from flm.worker.config import ShardSpec
 from flm.worker.errors import ConfigError
@@ -12,7 +14,7 @@ from flm.worker.errors import ConfigError
 # Code, activations and logits of one rank; on a GPU also the context and captured graphs.
 RUNTIME_BYTES = {"cpu": 250 << 20, "cuda": 3 << 30}
 GPU_SHARE = 0.92  # of a GPU's memory that ranks may fill
-KV_DTYPES = {"cpu": ("float32", "float16"), "cuda": ("bfloat16", "int8")}  # the usual one first
+KV_DTYPES = {"cpu": HostMemory.kv_dtypes, "cuda": step_calls.kv_dtypes()}  # the usual one first
 
 
 @dataclass(frozen=True)

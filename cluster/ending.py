@@ -28,9 +28,11 @@ def end_cluster(endpoint: Endpoint) -> None:
 
 
 def drain_cluster(endpoint: Endpoint, timeout: float | None) -> None:
-    """Let all streams finish, at most `timeout` seconds, None: as long as their models' drain_timeout. Unavailable where the controller does not answer."""
+    """Let all streams finish, at most `timeout` seconds, None: as long as their models' drain_timeout. Unavailable
+    where the controller does not answer."""
+    longest = endpoint.drain_timeout if timeout is None else timeout
     with AdminClient(endpoint.admin, endpoint.admin_key) as client:
-        client.shutdown(timeout, None if timeout is None else timeout + STOP_SECONDS)
+        client.shutdown(timeout, longest + STOP_SECONDS)
 
 
 def head_of(endpoint: Endpoint) -> RayHead | None:

@@ -55,7 +55,8 @@ class Gateway:
         load: Callable[[str], Tokenizer] = read_tokenizer,
     ) -> None:
         """`listen` is host:port (port 0 takes a free one). `replica_wait`: seconds that a request without a
-        deadline waits for a ready replica. `replica_key`: what replicas ask for; they refuse a gateway without it. `load` reads a tokenizer from a model's path."""
+        deadline waits for a ready replica. `replica_key`: what replicas ask for; they refuse a gateway without it.
+        `load` reads a tokenizer from a model's path."""
         names = [model.name for model in models]
         if len(set(names)) < len(names):
             raise ConfigError(f"expected different names, got {', '.join(names)}", field="models.name")
@@ -114,11 +115,6 @@ class Gateway:
             raise ModelNotFound(model, list(self._models))
         loaded.wanted = len(routes) if wanted is None else wanted
         loaded.replicas.update(routes)
-
-    @property
-    def num_running(self) -> int:
-        """Calls of Generate and Chat under way."""
-        return self._inference.running
 
     def _publish(self, name: str) -> None:
         task = asyncio.get_running_loop().create_task(self._publish_health(name))

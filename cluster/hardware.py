@@ -5,7 +5,6 @@ Bandwidths are bytes/s of memory, memory sizes bytes. Figures of known GPUs are 
 
 from __future__ import annotations
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flm.cluster.units import Bytes
+from flm.kernels.cores import usable_cpus
 from flm.kernels.cuda.inventory import visible_gpus
 
 GIB = 1 << 30
@@ -120,7 +120,7 @@ def named_hardware(specs: list[NodeSpec]) -> Hardware:
 def measure_hardware() -> Hardware:
     """This machine: usable cores, memory available now, copy bandwidth (a moment of copying), and its GPUs of the first
     one's kind."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus = usable_cpus()
     gpus = visible_gpus()
     alike = [gpu for gpu in gpus if gpu == gpus[0]]
     gpu = Gpu(alike[0].name, alike[0].memory, alike[0].bandwidth) if alike else None

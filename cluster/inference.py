@@ -31,7 +31,6 @@ class Inference(flm_pb2_grpc.InferenceServicer):
     def __init__(self, models: Mapping[str, LoadedModel], replica_wait: float) -> None:
         self._models = models
         self._replica_wait = replica_wait
-        self.running = 0  # calls of Generate and Chat
 
     @typed_errors
     async def Generate(self, request: flm_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
@@ -72,18 +71,13 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
         echo = prompt if options.echo else ""
-        self.running += 1
-        try:
-            completions = [
-                self._completion(model, tuple(prompt_ids), options, index, deadline)
-                for index in range(options.n)
-            ]
-            if len(completions) == 1:
-                await completions[0].run(context.write, echo)
-            else:
-                await _run_all(completions, _one_at_a_time(context), echo)
-        finally:
-            self.running -= 1
+        completions = [
+            self._completion(model, tuple(prompt_ids), options, index, deadline) for index in range(options.n)
+        ]
+        if len(completions) == 1:
+            await completions[0].run(context.write, echo)
+        else:
+            await _run_all(completions, _one_at_a_time(context), echo)
 
     def _completion(
         self,

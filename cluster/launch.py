@@ -14,9 +14,10 @@ from flm.cluster.checks import Checked
 from flm.cluster.ending import end_cluster
 from flm.cluster.joined_ray import JoinedRay, join_ray
 from flm.cluster.plan import Plan
-from flm.cluster.ray_head import ENVIRONMENT, RayHead, usable_cpus
+from flm.cluster.ray_head import ENVIRONMENT, RayHead
 from flm.cluster.state import ClusterSpec, Desired, Endpoint, ModelFacts, save_endpoint, state_dir
 from flm.cluster.yaml_source import error_at
+from flm.kernels.cores import usable_cpus
 from flm.worker.errors import FlmError, Unavailable
 
 # Waits for its word: an interrupt may come before whoever starts it knows that it runs. It ends then by itself.
@@ -31,11 +32,11 @@ if sys.stdin.readline() == "go\\n":
 def facts_of(plan: Plan) -> dict[str, ModelFacts]:
     return {
         model.name: ModelFacts(
-            rank_memory=max((rank.total_bytes for rank in model.ranks), default=0),
+            rank_memory=model.rank_bytes,
             max_context=model.max_context,
             architecture=model.architecture,
             precision=model.precision,
-            device=model.ranks[0].device if model.ranks else "cpu",
+            device=model.device,
         )
         for model in plan.models
     }
@@ -109,6 +110,7 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         head_session=head.session if head else 0,
         head_folder=head.folder if head else "",
         started=time.time(),
+        drain_timeout=max(model.drain_timeout for model in config.models),
     )
     save_endpoint(endpoint)
     try:

@@ -48,6 +48,8 @@ class ModelPlan:
     precision: str
     replicas: int
     tensor_parallel: int
+    device: str  # cpu or cuda, of every rank
+    rank_bytes: int  # of the largest rank
     max_context: int
     kv_bytes_per_token: int
     kv_tokens: int
@@ -194,6 +196,8 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
         precision=precision,
         replicas=demand.replicas,
         tensor_parallel=demand.tensor_parallel,
+        device=demand.device,
+        rank_bytes=max(size.total_bytes for size in sizes),
         max_context=context(demand, shapes),
         kv_bytes_per_token=kv.bytes_per_token,
         kv_tokens=kv.tokens,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from flm.kernels.cores import usable_cpus
 from flm.worker.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StartingHead:

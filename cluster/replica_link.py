@@ -32,14 +32,7 @@ class Broken(Exception):
 class Inbox:
     """Frames of one request that its reader has not taken yet."""
 
-    __slots__ = (
-        "_waiter",
-        "deadline_timer",
-        "error",
-        "finished",
-        "frames",
-        "request_id",
-    )
+    __slots__ = ("_waiter", "deadline_timer", "error", "finished", "frames", "request_id")
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id

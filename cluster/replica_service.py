@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from flm.cluster.grpc_errors import typed_errors
 from flm.cluster.listen import bind, create_server
 from flm.cluster.outbox import Outbox
 from flm.cluster.replica_messages import check_addressee, to_request
+from flm.kernels.cores import usable_cpus
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import FlmError, InternalError, InvalidRequest, Unavailable
 from flm.worker.request import FinishReason, Request, TokenEvent
@@ -53,7 +53,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self._replica_id = replica_id
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        self._frames_per_second = min(len(os.sched_getaffinity(0)) * FRAMES_PER_CORE, MAX_FRAMES)
+        self._frames_per_second = min(usable_cpus() * FRAMES_PER_CORE, MAX_FRAMES)
         self._outboxes: set[Outbox] = set()
         self.streams: dict[str, Outbox] = {}  # request id → whose it is
         replica.start(self._on_events)
@@ -177,10 +177,6 @@ class ReplicaServer:
         await server.start()
         self._server = server
         return address
-
-    @property
-    def num_streams(self) -> int:
-        return len(self._service.streams) if self._service else 0
 
     async def stop(self, grace: float = 0.5) -> None:
         """End all streams (they are resumable elsewhere) and close the port. The replica itself is stopped by

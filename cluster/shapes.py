@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from flm.worker.caches import cached_values
 from flm.worker.canonical import EMBEDDING, decoder_tensors
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.config import ModelConfig, ShardSpec
@@ -75,10 +74,6 @@ class Shapes:
     @property
     def parameters(self) -> int:
         return sum(weight.elements for weight in self.weights)
-
-    def kv_values_per_token(self, shard: ShardSpec) -> int:
-        """Cached values per token on the rank that holds the most."""
-        return self.config.layers * cached_values(shard)
 
 
 def read_shapes(path: str) -> Shapes:

@@ -74,6 +74,7 @@ class Endpoint:
     head_session: int = 0  # process session of our own Ray head; 0 where the cluster joined another
     head_folder: str = ""
     started: float = 0.0  # seconds since the epoch
+    drain_timeout: float = 0.0  # seconds, the longest of its models
 
 
 def state_root() -> Path:

@@ -26,44 +26,11 @@ MAX_RANGE = 100_000
 _MAX_DEPTH = 64  # of lists in lists
 _MAX_PATTERN = 100  # characters of a date's pattern
 
-_FILTERS = frozenset(
-    [
-        "abs",
-        "capitalize",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "e",
-        "escape",
-        "first",
-        "float",
-        "groupby",
-        "int",
-        "items",
-        "last",
-        "length",
-        "list",
-        "lower",
-        "map",
-        "max",
-        "min",
-        "reject",
-        "rejectattr",
-        "reverse",
-        "round",
-        "safe",
-        "select",
-        "selectattr",
-        "sort",
-        "string",
-        "title",
-        "trim",
-        "unique",
-        "upper",
-        "urlencode",
-    ]
-)
+_FILTERS = frozenset({
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "int",
+    "items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round",
+    "safe", "select", "selectattr", "sort", "string", "title", "trim", "unique", "upper", "urlencode",
+})  # fmt: skip
 _CASES = "upper lower title capitalize casefold swapcase"
 _TESTS = "isalnum isalpha isdecimal isdigit islower isnumeric isspace istitle isupper startswith endswith"
 _PARTS = "strip lstrip rstrip split rsplit splitlines partition rpartition removeprefix removesuffix"

@@ -10,7 +10,6 @@ Ranks beyond the first are threads that share the cores.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections import deque
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from flm.kernels.cores import usable_cpus
 from flm.worker.channel import NoFollowers, ThreadChannel
 from flm.worker.comm import LocalCommunicator, ThreadCommunicator
 from flm.worker.errors import DoesNotFit, InvalidRequest, RankFailed
@@ -70,7 +70,7 @@ class Engine:
     ) -> None:
         if tensor_parallel < 1:
             raise DoesNotFit(f"tensor_parallel: expected at least 1, got {tensor_parallel}")
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or usable_cpus()
         self.spec = GroupSpec(
             replica_id="engine",
             model=str(path),

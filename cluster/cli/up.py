@@ -55,7 +55,7 @@ def up(
             raise typer.Exit(130) from None
         _say_where(endpoint, console, time.monotonic() - began, detach)
         if not detach:
-            _stay(checked, endpoint, console, interrupts)
+            _stay(endpoint, console, interrupts)
 
 
 def _start(checked: Checked, console: Console) -> Endpoint:
@@ -94,7 +94,7 @@ def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: boo
     console.print("flm-cluster down" if detach else "Ctrl-C to drain and stop")
 
 
-def _stay(checked: Checked, endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
+def _stay(endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
     """Show events until interrupted, then drain and stop. A second interrupt does not wait for the drain."""
     from flm.cluster.cli.events import follow
     from flm.cluster.ending import drain_cluster, end_cluster
@@ -107,22 +107,21 @@ def _stay(checked: Checked, endpoint: Endpoint, console: Console, interrupts: In
         console.print("Stopped by `flm-cluster down`.")
         return
     console.print("Draining; Ctrl-C again stops at once.")
-    timeout = max(model.drain_timeout for model in checked.config.models)
-    failures: list[FlmError] = []
+    ended: list[str] = []  # why it did not drain, "" where it did
 
     def drain() -> None:
         try:
-            drain_cluster(endpoint, timeout)
+            drain_cluster(endpoint, None)
+            ended.append("")
         except FlmError as error:
-            failures.append(error)
+            ended.append(str(error))
+        finally:
+            interrupts.wake()
 
-    draining = threading.Thread(target=drain, daemon=True)
-    draining.start()
-    seen = interrupts.count
-    while draining.is_alive() and interrupts.count == seen:
-        draining.join(0.1)
-    if draining.is_alive() or failures:
-        console.print(f"Not drained: {failures[0] if failures else 'interrupted'}", markup=False)
+    threading.Thread(target=drain, daemon=True).start()
+    interrupts.wait()
+    if why := ended[0] if ended else "interrupted":
+        console.print(f"Not drained: {why}", markup=False)
     end_cluster(endpoint)
     console.print("Stopped.")
 
@@ -133,7 +132,7 @@ def _until_interrupted(endpoint: Endpoint, interrupts: Interrupts) -> bool:
     from flm.cluster.state import load_endpoint
 
     gone = ""
-    while not interrupts.count and not interrupts.wait(LOOK):
+    while not interrupts.wait(LOOK):
         if load_endpoint(endpoint.name) != endpoint:  # another may have taken its name by now
             return False
         if gone:  # since the last look: `down` would have tidied up after it

@@ -21,7 +21,7 @@ from flm.kernels.cuda.attention import AttentionSpace
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
 from flm.kernels.cuda.pack import CudaMatrix, pack
 from flm.kernels.cuda.rope import CudaCache
-from flm.kernels.cuda.step_calls import StepCalls
+from flm.kernels.cuda.step_calls import ACTIVATION, StepCalls
 from flm.kernels.errors import DTypeError, KernelError
 from flm.kernels.quant import QuantizedMatrix
 
@@ -31,7 +31,7 @@ Array = Any
 class CudaBackend(StepCalls):
     """One GPU's ops. activation: "float16" or "bfloat16"."""
 
-    def __init__(self, device: GraphDevice, activation: str = "bfloat16") -> None:
+    def __init__(self, device: GraphDevice, activation: str = ACTIVATION) -> None:
         if activation not in ("float16", "bfloat16"):
             raise DTypeError(f"float16 or bfloat16 activations expected, got {activation}")
         self.device, self.activation = device, activation

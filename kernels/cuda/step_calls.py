@@ -18,6 +18,12 @@ from flm.kernels.group import Group
 
 Array = Any
 STEP = 8  # rows that the matrix product handles at once
+ACTIVATION = "bfloat16"  # unless another is asked for
+
+
+def kv_dtypes(activation: str = ACTIVATION) -> tuple[str, ...]:
+    """The dtypes of caches beside that activation, the usual one first."""
+    return activation, "int8"
 
 
 class StepCalls:
@@ -29,7 +35,7 @@ class StepCalls:
 
     @property
     def kv_dtypes(self) -> tuple[str, ...]:
-        return self.activation, "int8"
+        return kv_dtypes(self.activation)
 
     def decode_sizes(self, most: int) -> tuple[int, ...]:
         small = [size for size in (1, 2, 4) if size < most]

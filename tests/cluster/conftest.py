@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
-from fake_cluster import KEY, MAX_CONTEXT, FakeCluster, byte_tokenizer, expected_tokens
+from fake_cluster import KEY, MAX_CONTEXT, FakeCluster, byte_tokenizer, expected_tokens, streams_of
 
 from flm.cluster.gateway import Gateway, ServedModel
 from flm.worker.tokenizer import Tokenizer
@@ -46,4 +46,4 @@ async def start_cluster(tokenizer: Tokenizer) -> AsyncIterator[StartCluster]:
     yield start
     for cluster in clusters:
         await cluster.close()
-    assert not any(seat.server.num_streams for cluster in clusters for seat in cluster.seats)
+    assert not any(streams_of(seat.server) for cluster in clusters for seat in cluster.seats)

@@ -20,8 +20,9 @@ from small_vocabularies import sentencepiece_model
 from flm.cluster import checks
 from flm.cluster.checks import check_file, why_taken
 from flm.cluster.plan import Plan
-from flm.cluster.ray_head import free_port, usable_cpus
+from flm.cluster.ray_head import free_port
 from flm.cluster.state import Endpoint, load_endpoint, save_endpoint
+from flm.kernels.cores import usable_cpus
 from flm.worker.errors import CheckpointError, ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"

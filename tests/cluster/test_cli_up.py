@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from flm.cluster.checks import why_taken
 from flm.cluster.cli import main
-from flm.cluster.ray_head import free_port, usable_cpus
+from flm.cluster.ray_head import free_port
+from flm.kernels.cores import usable_cpus
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "llama31"
 TEXT = """\

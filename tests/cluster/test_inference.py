@@ -231,7 +231,7 @@ async def test_refusals(start_cluster: Start, request_: Any, status: str, field:
 
     assert getattr(from_rpc_error(caught.value), "field", "") == field
     assert cluster.seats[0].replica.accepted == []
-    assert cluster.gateway.num_running == 0
+    assert cluster.waiting_or_served() == 0
 
 
 async def test_unknown_model_names_those_served(start_cluster: Start) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import psutil
 import pytest
 
 from flm.cluster import launch
+from flm.cluster.cli.interrupts import Interrupts
+from flm.cluster.demand import Demand
+from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
+from flm.cluster.plan import plan_demands
 from flm.worker.errors import FlmError
 
 
@@ -20,6 +25,29 @@ def test_kernels_that_cannot_be_compiled_say_why(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launch, "usable_cpus", lambda: 0)
     with pytest.raises(FlmError, match=r"^the CPU kernels cannot be compiled: between 1 and .* got 0$"):
         launch.compile_kernels()
+
+
+def test_a_model_without_replicas_can_be_scaled_up_later() -> None:
+    """Its ranks need as much as those of a model that runs, on the device that was asked for."""
+    path = str(Path(__file__).resolve().parents[2] / "deploy" / "shapes" / "qwen-72b")
+    hardware = Hardware((Machine("host", 32, 512 << 30, 0.0, 4, KNOWN_GPUS["h100"]),))
+    none, one = (
+        launch.facts_of(plan_demands([Demand("m", path, "auto", 4, replicas=count)], hardware))["m"]
+        for count in (0, 1)
+    )
+    assert none == one
+    assert (one.device, one.rank_memory > 30 << 30) == ("cuda", True)
+
+
+def test_waiting_for_an_interrupt_ends_when_another_thread_says_so() -> None:
+    with Interrupts() as interrupts:
+        interrupts.raising = False
+        assert not interrupts.wait(0.0)
+        threading.Timer(0.05, interrupts.wake).start()
+        assert interrupts.wait(10.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.wait(10.0)
+        assert (interrupts.count, interrupts.wait(0.0)) == (1, False)
 
 
 INTERRUPTED = """

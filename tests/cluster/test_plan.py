@@ -22,6 +22,7 @@ from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.cluster.plan import Plan, plan_cluster, plan_demands
 from flm.cluster.shapes import read_shapes
 from flm.kernels.reference import ReferenceBackend
+from flm.worker.caches import block_bytes
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.errors import CheckpointError, ConfigError, DoesNotFit
 from flm.worker.paths import resolve_model_path
@@ -58,7 +59,7 @@ def test_deployments_fit_the_hardware_they_name(name: str) -> None:
 def test_mla_caches_576_values_per_token_and_layer_on_every_rank() -> None:
     shapes = read_shapes(str(DEPLOY / "shapes" / "deepseek-v2"))
     for ranks in (1, 8):
-        assert shapes.kv_values_per_token(shapes.shard(ranks, 0, "auto")) == 576 * 60
+        assert block_bytes(shapes.shard(ranks, 0, "auto"), 1, "bfloat16") == 2 * 576 * 60
 
 
 def test_experts_are_split_over_their_ranks() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 import pytest
 import pytest_asyncio
-from fake_cluster import KEY
+from fake_cluster import KEY, streams_of
 
 from flm.cluster.grpc_errors import from_status_bytes
 from flm.cluster.replica_messages import call_metadata
@@ -85,7 +85,7 @@ async def wire() -> AsyncIterator[Wire]:
     async with grpc.aio.insecure_channel(await server.start()) as channel:
         yield Wire(replica, server, flm_pb2_grpc.ReplicaStub(channel))
     await server.stop(0)
-    assert server.num_streams == 0
+    assert streams_of(server) == 0
 
 
 async def test_a_step_is_one_message(wire: Wire) -> None:
@@ -161,7 +161,7 @@ async def test_refusals_concern_one_request(wire: Wire, caplog: pytest.LogCaptur
     assert "a bug" in caplog.text
     wire.replica.emit([TokenEvent("a", (5,))])
     assert (await call.read()).frames[0].request_id == "a"
-    assert wire.server.num_streams == 1
+    assert streams_of(wire.server) == 1
     call.cancel()
 
 
@@ -170,7 +170,7 @@ async def test_cancel_one_then_leave(wire: Wire) -> None:
     await call.write(flm_pb2.ReplicaCommands(cancel=["b", "unknown"]))
     while wire.replica.cancelled != ["b"]:
         await asyncio.sleep(0.002)
-    assert wire.server.num_streams == 1
+    assert streams_of(wire.server) == 1
     call.cancel()
     while wire.replica.cancelled != ["b", "a"]:
         await asyncio.sleep(0.002)
@@ -219,4 +219,4 @@ async def test_only_the_cluster_itself_may_call_and_only_the_replica_it_means(
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=metadata)
     assert refused.value.code() is code
-    assert (wire.replica.requests, wire.server.num_streams, wire.server._service._outboxes) == ({}, 0, set())
+    assert (wire.replica.requests, streams_of(wire.server), wire.server._service._outboxes) == ({}, 0, set())

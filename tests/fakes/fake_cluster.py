@@ -226,6 +226,11 @@ class Seat:
         return ReplicaRoute(self.replica_id, self.cable.address, self.state)
 
 
+def streams_of(server: ReplicaServer) -> int:
+    """Requests that a replica's port carries."""
+    return len(server._service.streams) if server._service else 0
+
+
 class FakeCluster:
     """A gateway over fake replicas of the model "m"."""
 
@@ -249,10 +254,15 @@ class FakeCluster:
     async def settled(self) -> None:
         """Wait until no stream is left anywhere: cancellations have arrived, nothing leaks."""
         async with asyncio.timeout(5):
-            while self.gateway.num_running or any(
-                s.replica.running or s.server.num_streams for s in self.seats
+            while self.waiting_or_served() or any(
+                s.replica.running or streams_of(s.server) for s in self.seats
             ):
                 await asyncio.sleep(0.005)
+
+    def waiting_or_served(self) -> int:
+        """Streams of clients that the gateway has."""
+        replicas = self.gateway._models["m"].replicas
+        return len(replicas._waiters) + sum(link.streams for link in replicas._links.values())
 
     def views(self) -> list[ReplicaView]:
         """The replicas as the gateway sees them."""

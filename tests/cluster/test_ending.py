@@ -1,0 +1,49 @@
+"""Draining a cluster: how long the call may take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from flm.cluster.admin_client import WAIT
+from flm.cluster.ending import drain_cluster
+from flm.cluster.state import Endpoint
+from flm.proto import flm_pb2, flm_pb2_grpc
+
+
+class Asked(flm_pb2_grpc.AdminServicer):
+    """Remembers what Shutdown was asked, and how long the caller is ready to wait for it."""
+
+    def __init__(self) -> None:
+        self.drain_timeout: float | None = None
+        self.patience = 0.0
+
+    def Shutdown(
+        self, request: flm_pb2.ShutdownRequest, context: grpc.ServicerContext
+    ) -> flm_pb2.ShutdownResponse:
+        self.drain_timeout = request.drain_timeout if request.HasField("drain_timeout") else None
+        self.patience = context.time_remaining()
+        return flm_pb2.ShutdownResponse()
+
+
+@pytest.fixture
+def admin() -> Iterator[tuple[Asked, str]]:
+    asked, server = Asked(), grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    flm_pb2_grpc.add_AdminServicer_to_server(asked, server)
+    server.start()
+    yield asked, f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.mark.parametrize("given", [None, 90.0, 0.0])
+def test_the_call_outlasts_the_drain(admin: tuple[Asked, str], given: float | None) -> None:
+    """Not given: that of the cluster's models, which is longer than any other call waits."""
+    asked, address = admin
+    longest = 4 * WAIT
+    drain_cluster(Endpoint("c", "h:1", address, drain_timeout=longest), given)
+    assert asked.drain_timeout == given
+    assert asked.patience > (longest if given is None else given) + 1

@@ -23,9 +23,10 @@ class ClassicOps(Protocol):
         out_TE: Array,
         delta_TE: Array | None = None,
         keep: float = 1.0,
+        replace: bool = False,
     ) -> None:
         """x = keep * x + delta, in place, where there is a delta; then out = (x - mean) / sqrt(variance + eps) * weight
-        + bias (arXiv:1607.06450). out may be x."""
+        + bias (arXiv:1607.06450). out may be x; where `replace`, x becomes what out is, in its own type."""
         ...
 
     def gelu(self, x_TF: Array, out_TF: Array) -> None:

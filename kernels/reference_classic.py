@@ -24,6 +24,7 @@ class ReferenceClassicOps(ReferenceOps):
         out_TE: Array,
         delta_TE: Array | None = None,
         keep: float = 1.0,
+        replace: bool = False,
     ) -> None:
         def call() -> None:
             if delta_TE is not None:
@@ -31,7 +32,9 @@ class ReferenceClassicOps(ReferenceOps):
             wide = x_TE.astype(self.dtype)
             centred = wide - wide.mean(axis=1, keepdims=True)
             size = np.sqrt((centred * centred).mean(axis=1, keepdims=True) + self.dtype.type(eps))
-            out_TE[...] = centred / size * weight_E + (0 if bias_E is None else bias_E)
+            out_TE[...] = normed = centred / size * weight_E + (0 if bias_E is None else bias_E)
+            if replace:
+                x_TE[...] = normed
 
         self._do(call)
 

@@ -72,8 +72,7 @@ class Decoder:
         self.embedding_norm = Norm(loading, EMBEDDING_NORM) if m.embedding_norm else None
         self._x_TE = loading.workspace.array("x", m.hidden, dtype=np.float32)
         self._delta_TE = loading.workspace.array("delta", m.hidden)
-        # where the normed value goes on, it takes the place of x
-        self._h_TE = self._x_TE if m.norm.residual_factor else loading.workspace.array("h", m.hidden)
+        self._h_TE = loading.workspace.array("h", m.hidden)
         self._embedding_scale = m.embedding_scale / m.residual_scale  # see Norm
         self._rows_SE = backend.empty((max_rows, m.hidden), backend.activation)
         self._local_SV = backend.empty((max_rows, self.shard.vocab.size))

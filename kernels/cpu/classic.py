@@ -7,7 +7,7 @@ from math import sqrt
 import numpy as np
 from numba import cfunc, njit
 
-from flm.kernels.cpu.memory import f32_at, float_of_bits, i64_at
+from flm.kernels.cpu.memory import copy, f32_at, float_of_bits, i64_at
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, next_task, span
 from flm.kernels.cpu.vector import gelu_of, sum_of, sum_of_squares
 
@@ -33,11 +33,13 @@ def _layer_norm_row(row, t):  # type: ignore
     else:
         for e in range(E):
             out[e] = out[e] * factor * w[e]
+    if row[10] != 0:
+        copy(at, row[1] + t * E * 4, E)
 
 
 @cfunc(OP, cache=True)
 def layer_norm(address, worker):  # type: ignore
-    """row: 1 x, 2 delta or 0, 3 T, 4 E, 5 weight, 6 bias or 0, 7 eps, 8 what of x is kept, 9 out."""
+    """row: 1 x, 2 delta or 0, 3 T, 4 E, 5 weight, 6 bias or 0, 7 eps, 8 what of x is kept, 9 out, 10 whether x becomes out."""
     row = i64_at(address, ROW_WIDTH)
     size = span(row, row[3])
     first = next_task(row) * size

@@ -24,13 +24,14 @@ class ClassicCalls(Emitter):
         out_TE: Array,
         delta_TE: Array | None = None,
         keep: float = 1.0,
+        replace: bool = False,
     ) -> None:
         self._load_ops("layer_norm", "classic")
         T, E = columns("x", x_TE)
         delta = 0 if delta_TE is None else check("delta", delta_TE, (T, E))
         bias = 0 if bias_E is None else check("bias", bias_E, (E,))
         row = [check("x", x_TE, (T, E)), delta, T, E, check("weight", weight_E, (E,)), bias, float_bits(eps)]
-        row += [float_bits(keep), check("out", out_TE, (T, E))]
+        row += [float_bits(keep), check("out", out_TE, (T, E)), int(replace)]
         keep_alive = (x_TE, delta_TE, weight_E, bias_E, out_TE)
         self._emit("layer_norm", row, *keep_alive, workers=self._workers(T * E, 2 * SMALL))
 

@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 from flm.kernels.backend import HeadNorm, SamplingBatch
 from flm.kernels.cuda import attention, elementwise, linear, rope, sampling
 from flm.kernels.cuda.attention import AttentionSpace
+from flm.kernels.cuda.classic import ClassicCalls
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
 from flm.kernels.cuda.pack import CudaMatrix, pack
 from flm.kernels.cuda.rope import CudaCache
-from flm.kernels.cuda.step_calls import ACTIVATION, StepCalls
+from flm.kernels.cuda.step_calls import ACTIVATION
 from flm.kernels.errors import DTypeError, KernelError
 from flm.kernels.quant import QuantizedMatrix
 
 Array = Any
 
 
-class CudaBackend(StepCalls):
+class CudaBackend(ClassicCalls):
     """One GPU's ops. activation: "float16" or "bfloat16"."""
 
     def __init__(self, device: GraphDevice, activation: str = ACTIVATION) -> None:

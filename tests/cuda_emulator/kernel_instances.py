@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from flm.kernels.cuda import all_reduce, attention, elementwise, linear, rope, sampling, staging
+from flm.kernels.cuda import all_reduce, attention, classic, elementwise, linear, rope, sampling, staging
 from flm.kernels.cuda.kernel import Kernel, instance
 
 
@@ -20,6 +20,10 @@ INSTANCES: dict[Kernel, int] = {
     elementwise.silu_mul_kernel("float16", 4096): 40,
     elementwise.silu_mul_kernel("bfloat16", 4096): 40,
     elementwise.silu_mul_kernel("bfloat16", 1): 32,
+    classic.layer_norm_kernel("float32", "bfloat16", 4096): 48,
+    classic.layer_norm_kernel("float32", "float32", 4096): 48,
+    classic.gelu_kernel("bfloat16", 8): 40,
+    classic.gelu_kernel("float16", 1): 32,
     elementwise.take_rows_kernel(2): 32,
     elementwise.take_rows_kernel(16): 32,
     rope.kernel("float16", "float16"): 64,

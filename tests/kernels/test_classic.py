@@ -39,6 +39,9 @@ def test_layer_norm(cpu, exact, rng, width, bias):
         x4 = x.copy()
         cpu.layer_norm(x4, weight, offset, 1e-5, x4, delta, 7.5)  # in place
         assert np.array_equal(x4, got)
+        x5, out = x.copy(), cpu.empty((tokens, width))
+        cpu.layer_norm(x5, weight, offset, 1e-5, out, delta, 7.5, True)  # x goes on as the normed value
+        assert np.array_equal(out, got) and np.array_equal(x5, got)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

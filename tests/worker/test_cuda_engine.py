@@ -49,7 +49,14 @@ def relative(got: Any, want: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "activation"), [("llama31", "bfloat16"), ("llama31", "float16"), ("qwen3", "bfloat16")]
+    ("name", "activation"),
+    [
+        ("llama31", "bfloat16"),
+        ("llama31", "float16"),
+        ("qwen3", "bfloat16"),
+        ("chatglm1", "bfloat16"),  # LayerNorm whose result goes on, GELU, rotation by two positions, a prefix
+        ("codegen_for_moss", "float16"),  # LayerNorm, GELU, both parts of a layer side by side
+    ],
 )
 def test_logits_however_the_prompt_is_cut(cuda: Any, name: str, activation: str) -> None:
     ids, want = reference(name)
@@ -127,8 +134,8 @@ def test_two_ranks_through_the_memory_of_the_host(cuda: Any) -> None:
 def test_what_the_device_cannot_do_is_said(cuda: Any, device: EmulatedDevice) -> None:
     with pytest.raises(InvalidRequest, match="one of bfloat16, int8 on this device, got float32"):
         cuda(kv_dtype="float32")
-    with pytest.raises(BackendUnavailable, match="LayerNorm"):
-        cuda("codegen_for_moss")
+    with pytest.raises(BackendUnavailable, match="RWKV"):
+        cuda("rwkv4")
 
 
 def test_a_machine_without_cupy_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

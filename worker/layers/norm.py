@@ -35,7 +35,8 @@ class Norm:
         if self._config.kind == "layer":
             keep = self._config.residual_factor or 1.0
             ops = cast(ClassicOps, self._ops)
-            ops.layer_norm(x_TE, self.weight, self.bias, self._eps, out_TE, delta_TE, keep)
+            goes_on = self._config.residual_factor != 0
+            ops.layer_norm(x_TE, self.weight, self.bias, self._eps, out_TE, delta_TE, keep, goes_on)
         elif delta_TE is None:
             self._ops.rms_norm(x_TE, self.weight, self._eps, out_TE)
         else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from flm.proto import flm_pb2
 from flm.worker.errors import InvalidRequest
@@ -49,9 +50,14 @@ class Options:
         return replace(self.params, seed=derive_seed(self.params.seed, index)) if index else self.params
 
 
-def admit(options: flm_pb2.SamplingOptions, num_prompt: int, max_context: int) -> Options:
+def admit(
+    options: flm_pb2.SamplingOptions,
+    num_prompt: int,
+    max_context: int,
+    defaults: Mapping[str, float] = MappingProxyType({}),
+) -> Options:
     """Check everything of a request whose prompt has `num_prompt` tokens, for a model with a context of
-    `max_context` tokens. InvalidRequest names the first wrong field."""
+    `max_context` tokens and its own `defaults` of sampling fields. InvalidRequest names the first wrong field."""
     if num_prompt < 1:
         raise InvalidRequest("prompt", "expected at least one token, got none")
     if num_prompt >= max_context:
@@ -64,7 +70,7 @@ def admit(options: flm_pb2.SamplingOptions, num_prompt: int, max_context: int) -
     stops = _stops(options.stop)
     return Options(
         request_id=_name(options, "request_id") or secrets.token_hex(8),
-        params=_params(options, max_context - num_prompt),
+        params=_params(options, max_context - num_prompt, defaults),
         stops=stops,
         n=n,
         echo=options.echo,
@@ -73,7 +79,7 @@ def admit(options: flm_pb2.SamplingOptions, num_prompt: int, max_context: int) -
     )
 
 
-def _params(options: flm_pb2.SamplingOptions, room: int) -> SamplingParams:
+def _params(options: flm_pb2.SamplingOptions, room: int, defaults: Mapping[str, float]) -> SamplingParams:
     given = {name: getattr(options, name) for name in _PLAIN if options.HasField(name)}
     try:
         return SamplingParams(
@@ -82,7 +88,7 @@ def _params(options: flm_pb2.SamplingOptions, room: int) -> SamplingParams:
             else min(DEFAULT_MAX_TOKENS, room),
             seed=options.seed if options.HasField("seed") else secrets.randbits(64),
             stop_token_ids=tuple(options.stop_token_ids),
-            **given,
+            **{**defaults, **given},
         )
     except InvalidRequest as error:
         raise InvalidRequest(f"sampling.{error.field}", error.message) from None

@@ -9,19 +9,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flm.cluster.config import ClusterConfig, ModelSection, load_config
+from flm.cluster.config import ClusterConfig, load_config
 from flm.cluster.ending import end_cluster, is_alive
 from flm.cluster.hardware import Hardware, measure_hardware
 from flm.cluster.plan import Plan, plan_cluster
-from flm.cluster.served_model import read_words
+from flm.cluster.served_model import ServedModel, read_words, served_model
 from flm.cluster.state import Endpoint, load_endpoint, running_clusters
 from flm.cluster.yaml_source import YamlPath, error_at
 from flm.kernels.cores import usable_cpus
 from flm.kernels.errors import OpenMPMissing
 from flm.kernels.openmp import require_openmp
-from flm.worker.errors import BackendUnavailable, ConfigError
-from flm.worker.paths import resolve_model_path
-from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.errors import BackendUnavailable, CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -89,23 +87,25 @@ def why_taken(listen: str) -> str:
 
 
 def check_plan(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
-    """The plan on the hardware there is; whether it fits is the plan's to say. CheckpointError, ConfigError,
+    """The plan on the hardware there is; whether it fits is the plan's to say. ConfigError (of a checkpoint too),
     BackendUnavailable where the gateway or a rank would fail on this machine."""
     _check_kernels(config)
     plan = plan_cluster(config, hardware or measure_hardware())
     if plan.fits and not plan.obstacles:
+        facts = plan.facts()
         for index, model in enumerate(config.models):
-            _check_words(index, model)
+            _check_words(index, served_model(model, facts[model.name]))
     return plan
 
 
-def _check_words(index: int, model: ModelSection) -> None:
+def _check_words(index: int, model: ServedModel) -> None:
     """The gateway's part of a model, which would otherwise be the one to stumble."""
-    tokenizer = load_tokenizer(resolve_model_path(model.path))
     try:
-        read_words(model.path, tokenizer, model.prompt)
+        read_words(model)
     except ConfigError as error:
-        raise ConfigError(error.message, field=f"models[{index}]") from None
+        raise ConfigError(error.message, field=f"models[{index}]") from error
+    except CheckpointError as error:
+        raise ConfigError(str(error), field=f"models[{index}].path") from error
 
 
 def _check_kernels(config: ClusterConfig) -> None:

@@ -91,12 +91,14 @@ class TlsSection(Section):
 
 
 class GatewaySection(Section):
-    """The public port. One that other machines can reach needs api_keys or tls, or insecure: true."""
+    """The public port. One that other machines can reach needs api_keys or tls, or insecure: true. `replica_wait`: for
+    how long a request without a deadline waits for a replica of its model to be ready."""
 
     listen: Listen = "127.0.0.1:50051"
     api_keys: list[Annotated[str, Field(min_length=8)]] = []
     tls: TlsSection | None = None
     insecure: bool = False
+    replica_wait: Annotated[float, Field(ge=0, le=86400)] = 30.0
 
 
 class AdminSection(Section):
@@ -164,6 +166,7 @@ class ModelSection(Section, PromptFields):
         start=1, min=0, max=MAX_REPLICAS
     )
     quantization: Quantization = "auto"
+    generation_config: Literal["auto", "none"] = "auto"
     kv_cache: KvCacheSection = KvCacheSection()
     max_context: Annotated[int, Field(ge=0)] = 0
     max_sequences: Annotated[int, Field(ge=1, le=4096)] = 64

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -17,10 +18,9 @@ from grpc_reflection.v1alpha import reflection
 from flm.cluster.inference import Inference
 from flm.cluster.listen import Tls, bind_within, create_server
 from flm.cluster.router import ReplicaRoute
-from flm.cluster.served_model import LoadedModel, ServedModel
+from flm.cluster.served_model import LoadedModel, ServedModel, Words, read_words
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import ConfigError, ModelNotFound
-from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.files import load_tokenizer
 
@@ -35,11 +35,6 @@ SERVICES = (
 )
 
 
-def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a checkpoint. CheckpointError where there is none."""
-    return load_tokenizer(resolve_model_path(path))
-
-
 class Gateway:
     """One gateway. All methods belong to the event loop that called start()."""
 
@@ -52,11 +47,11 @@ class Gateway:
         api_keys: Sequence[str] = (),
         tls: Tls | None = None,
         replica_wait: float = 30.0,
-        load: Callable[[str], Tokenizer] = read_tokenizer,
+        load: Callable[[Path], Tokenizer] = load_tokenizer,
     ) -> None:
         """`listen` is host:port (port 0 takes a free one). `replica_wait`: seconds that a request without a
         deadline waits for a ready replica. `replica_key`: what replicas ask for; they refuse a gateway without it.
-        `load` reads a tokenizer from a model's path."""
+        `load` reads the tokenizer that lies with a model."""
         names = [model.name for model in models]
         if len(set(names)) < len(names):
             raise ConfigError(f"expected different names, got {', '.join(names)}", field="models.name")
@@ -72,8 +67,8 @@ class Gateway:
 
     async def start(self, patience: float = 0.0) -> str:
         """Bind (for `patience` seconds, while the port is taken), load tokenizers and serve; the bound host:port.
-        ConfigError where the address cannot be bound, CheckpointError where a tokenizer cannot be read: nothing is
-        left running then."""
+        ConfigError where the address cannot be bound, CheckpointError and ConfigError of read_words: nothing is left
+        running then."""
         server = create_server(self._api_keys)
         address = await bind_within(patience, server, self._listen, self._tls)
         try:
@@ -92,11 +87,16 @@ class Gateway:
         return address
 
     async def _add(self, spec: ServedModel) -> None:
-        tokenizer = await asyncio.to_thread(self._load, spec.path)
+        words = await asyncio.to_thread(self._read, spec)
         self._models[spec.name] = LoadedModel(
-            spec, tokenizer, partial(self._publish, spec.name), self._replica_key
+            spec, words, partial(self._publish, spec.name), self._replica_key
         )
         await self._health.set(spec.name, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    def _read(self, spec: ServedModel) -> Words:
+        words = read_words(spec, self._load)
+        words.tokenizer.warm()  # else the first request would hold up the event loop
+        return words
 
     async def stop(self, grace: float = 5.0) -> None:
         """Refuse new calls, give running ones `grace` seconds, then end them."""
@@ -104,7 +104,7 @@ class Gateway:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace)
         for model in self._models.values():
-            await model.replicas.close()
+            await model.close()
         await asyncio.gather(*self._publishing)
 
     def set_routes(self, model: str, routes: Sequence[ReplicaRoute], wanted: int | None = None) -> None:
@@ -113,8 +113,7 @@ class Gateway:
         loaded = self._models.get(model)
         if loaded is None:
             raise ModelNotFound(model, list(self._models))
-        loaded.wanted = len(routes) if wanted is None else wanted
-        loaded.replicas.update(routes)
+        loaded.replicas.update(routes, len(routes) if wanted is None else wanted)
 
     def _publish(self, name: str) -> None:
         task = asyncio.get_running_loop().create_task(self._publish_health(name))

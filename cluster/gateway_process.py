@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Sequence
 
 from flm.cluster.config import parse_config
-from flm.cluster.gateway import Gateway, ServedModel, Tls
+from flm.cluster.gateway import Gateway, Tls
 from flm.cluster.listen import PORT_SECONDS
 from flm.cluster.router import ReplicaRoute
+from flm.cluster.served_model import served_model
 from flm.cluster.state import Desired
 from flm.worker.errors import FlmError
 
@@ -22,18 +23,7 @@ class GatewayProcess:
 
     def __init__(self, desired: Desired) -> None:
         config = parse_config(desired.text, desired.file)
-        models = [
-            ServedModel(
-                m.name,
-                m.path,
-                desired.facts[m.name].max_context,
-                desired.facts[m.name].architecture,
-                desired.facts[m.name].precision,
-                m.tensor_parallel,
-                m.prompt,
-            )
-            for m in config.models
-        ]
+        models = [served_model(model, desired.facts[model.name]) for model in config.models]
         self._section, self._models, self._replica_key = config.gateway, models, desired.replica_key
         self._incarnation = uuid.uuid4().hex
         self._gateway: Gateway | None = None
@@ -60,6 +50,7 @@ class GatewayProcess:
             replica_key=self._replica_key,
             api_keys=self._section.api_keys,
             tls=tls,
+            replica_wait=self._section.replica_wait,
         )
         await gateway.start(PORT_SECONDS)
         return gateway

@@ -9,7 +9,6 @@ from typing import TypeVar
 import grpc.aio
 
 from flm.cluster.admission import Options, admit, check_ids, check_messages
-from flm.cluster.chat_prompt import render_chat
 from flm.cluster.completion import Completion, Write
 from flm.cluster.grpc_errors import typed_errors
 from flm.cluster.resume import TokenStream
@@ -45,17 +44,17 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         else:
             prompt_ids = list(request.prompt_ids.ids)
             check_ids(prompt_ids, model.tokenizer.vocab_size, "prompt_ids.ids")
-            prompt = model.tokenizer.decode(prompt_ids) if request.sampling.echo else ""
+            prompt = await _decode(model, prompt_ids) if request.sampling.echo else ""
         await self._complete(model, prompt, prompt_ids, request.sampling, context, chat=False)
 
     @typed_errors
     async def Chat(self, request: flm_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         model = self._model(request.model)
         messages = check_messages(request.messages)
-        prompt = render_chat(model.template, model.tokenizer, messages)
-        _check_length(model, prompt.text)
-        prompt_ids = await _off_loop(prompt.text, prompt.encode)
-        await self._complete(model, prompt.text, prompt_ids, request.sampling, context, chat=True)
+        prompt, text = await model.chats.render(messages)
+        _check_length(model, text)
+        prompt_ids = await _off_loop(text, prompt.encode)
+        await self._complete(model, text, prompt_ids, request.sampling, context, chat=True)
 
     async def _complete(
         self,
@@ -67,7 +66,8 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         *,
         chat: bool,
     ) -> None:
-        options = model.with_ends(admit(sampling, len(prompt_ids), model.spec.max_context), chat=chat)
+        options = admit(sampling, len(prompt_ids), model.spec.max_context, model.sampling)
+        options = model.with_ends(options, chat=chat)
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
         echo = prompt if options.echo else ""
@@ -105,12 +105,12 @@ class Inference(flm_pb2_grpc.InferenceServicer):
     async def Detokenize(
         self, request: flm_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> flm_pb2.DetokenizeResponse:
-        tokenizer = self._model(request.model).tokenizer
+        model = self._model(request.model)
         if len(request.ids) > MAX_TEXT:
             raise InvalidRequest("ids", f"expected at most {MAX_TEXT} token ids, got {len(request.ids)}")
-        check_ids(request.ids, tokenizer.vocab_size, "ids")
-        ids, skip = list(request.ids), request.skip_special_tokens
-        return flm_pb2.DetokenizeResponse(text=await _off_loop(ids, lambda: tokenizer.decode(ids, skip)))
+        check_ids(request.ids, model.tokenizer.vocab_size, "ids")
+        text = await _decode(model, list(request.ids), request.skip_special_tokens)
+        return flm_pb2.DetokenizeResponse(text=text)
 
     @typed_errors
     async def ListModels(
@@ -136,6 +136,10 @@ class Inference(flm_pb2_grpc.InferenceServicer):
 
 async def _encode(model: LoadedModel, text: str, add_special: bool) -> list[int]:
     return await _off_loop(text, lambda: model.tokenizer.encode(text, add_special))
+
+
+async def _decode(model: LoadedModel, ids: list[int], skip_special: bool = True) -> str:
+    return await _off_loop(ids, lambda: model.tokenizer.decode(ids, skip_special))
 
 
 async def _off_loop(given: Sized, work: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ from flm.cluster.ending import end_cluster
 from flm.cluster.joined_ray import JoinedRay, join_ray
 from flm.cluster.plan import Plan
 from flm.cluster.ray_head import ENVIRONMENT, RayHead
-from flm.cluster.state import ClusterSpec, Desired, Endpoint, ModelFacts, save_endpoint, state_dir
+from flm.cluster.state import ClusterSpec, Desired, Endpoint, save_endpoint, state_dir
 from flm.cluster.yaml_source import error_at
 from flm.kernels.cores import usable_cpus
 from flm.worker.errors import FlmError, Unavailable
@@ -27,19 +27,6 @@ if sys.stdin.readline() == "go\\n":
     from flm.kernels.cpu.backend import warm
     warm(int(sys.argv[1]))
 """
-
-
-def facts_of(plan: Plan) -> dict[str, ModelFacts]:
-    return {
-        model.name: ModelFacts(
-            rank_memory=model.rank_bytes,
-            max_context=model.max_context,
-            architecture=model.architecture,
-            precision=model.precision,
-            device=model.device,
-        )
-        for model in plan.models
-    }
 
 
 def needs_compiling() -> bool:
@@ -95,7 +82,7 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         namespace=f"flm-{name}-{run_id}",
         folder=str(state_dir(name) / run_id),
         run_root=f"{_shared_memory()}/flm-run-{run_id}",
-        desired=Desired(checked.text, checked.file, replicas, facts_of(plan), secrets.token_urlsafe(32)),
+        desired=Desired(checked.text, checked.file, replicas, plan.facts(), secrets.token_urlsafe(32)),
     )
     endpoint = Endpoint(
         name=name,

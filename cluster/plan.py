@@ -18,9 +18,10 @@ from flm.cluster.demand import Demand, RankSize, check_cut, context, rank_sizes
 from flm.cluster.hardware import Hardware, measure_hardware, named_hardware
 from flm.cluster.ledger import NodeLedger, place_replica
 from flm.cluster.shapes import Shapes, read_shapes
+from flm.cluster.state import ModelFacts
 from flm.cluster.units import format_bytes, format_count
 from flm.worker.device_support import missing_on_gpus
-from flm.worker.errors import ConfigError, DoesNotFit
+from flm.worker.errors import CheckpointError, ConfigError, DoesNotFit
 
 COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s")
 
@@ -50,6 +51,8 @@ class ModelPlan:
     tensor_parallel: int
     device: str  # cpu or cuda, of every rank
     rank_bytes: int  # of the largest rank
+    vocab: int
+    eos_token_ids: tuple[int, ...]
     max_context: int
     kv_bytes_per_token: int
     kv_tokens: int
@@ -76,6 +79,21 @@ class Plan:
         """Raises DoesNotFit with every problem and obstacle, where there is one."""
         if self.problems or self.obstacles:
             raise DoesNotFit("; ".join(self.problems + self.obstacles))
+
+    def facts(self) -> dict[str, ModelFacts]:
+        """What those that start the models need not read of their checkpoints again."""
+        return {
+            model.name: ModelFacts(
+                rank_memory=model.rank_bytes,
+                max_context=model.max_context,
+                architecture=model.architecture,
+                precision=model.precision,
+                device=model.device,
+                rows=model.vocab,
+                eos_token_ids=model.eos_token_ids,
+            )
+            for model in self.models
+        }
 
     def table(self) -> Table:
         """A table for people: one row per rank; what concerns a whole replica stands at its rank 0."""
@@ -116,7 +134,7 @@ class Plan:
 def plan_cluster(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
     """The plan of a whole cluster.yaml: for `hardware`, else for what the file names, else for this machine.
 
-    Raises CheckpointError where a model's shapes cannot be read, ConfigError where it cannot be cut as asked."""
+    Raises ConfigError where a model's shapes cannot be read, or where it cannot be cut as asked."""
     if hardware is None:
         hardware = named_hardware(config.hardware) if config.hardware else measure_hardware()
     return plan_demands([demand_of(model) for model in config.models], hardware)
@@ -146,7 +164,10 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
     problems: list[str] = []
     obstacles: list[str] = []
     for index, demand in enumerate(demands):
-        shapes = read_shapes(demand.path)
+        try:
+            shapes = read_shapes(demand.path)
+        except CheckpointError as error:
+            raise ConfigError(str(error), field=f"models[{index}].path") from error
         missing_there = missing_on_gpus(shapes.config) if hardware.measured else ""
         if demand.device == "auto":
             demand = replace(demand, device=_device(hardware, missing_there))
@@ -198,6 +219,8 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
         tensor_parallel=demand.tensor_parallel,
         device=demand.device,
         rank_bytes=max(size.total_bytes for size in sizes),
+        vocab=shapes.config.vocab,
+        eos_token_ids=shapes.config.eos_token_ids,
         max_context=context(demand, shapes),
         kv_bytes_per_token=kv.bytes_per_token,
         kv_tokens=kv.tokens,

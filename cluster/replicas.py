@@ -22,14 +22,16 @@ class Replicas:
     def __init__(self, model: str, on_change: Callable[[], None], key: str) -> None:
         self.model, self._key = model, key
         self.router = Router()
+        self.wanted: int | None = None  # None until the controller has told
         self._on_change = on_change
         self._links: dict[ReplicaView, ReplicaLink] = {}
         self._waiters: set[asyncio.Future[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
 
-    def update(self, routes: Iterable[ReplicaRoute]) -> None:
+    def update(self, routes: Iterable[ReplicaRoute], wanted: int) -> None:
         """Take the controller's word and connect ahead of the first request."""
         self.router.update(routes)
+        self.wanted = wanted
         current = set(self.router.replicas.values())
         for view in current - self._links.keys():
             self._links[view] = ReplicaLink(view, self._key)
@@ -44,8 +46,9 @@ class Replicas:
     async def acquire(
         self, prompt_ids: Sequence[int], cache_salt: str, exclude: Collection[str], until: float
     ) -> ReplicaLink | None:
-        """A connected replica, waiting for one until `until` (loop time); Unavailable where none came. None where
-        replicas are ready but all of them in `exclude` (replica ids). Give it back with release()."""
+        """A connected replica, waiting for one until `until` (loop time); Unavailable where none came, at once where
+        none is wanted. None where replicas are ready but all of them in `exclude` (replica ids). Give it back with
+        release()."""
         loop = asyncio.get_running_loop()
         while True:
             view = self.router.choose(prompt_ids, cache_salt, exclude)
@@ -62,6 +65,8 @@ class Replicas:
                 self.release(link)
             elif any(v.ready for v in self.router.replicas.values()):
                 return None
+            elif self.wanted == 0:
+                raise Unavailable(f"model {self.model!r} is scaled to 0 replicas", RETRY_AFTER)
             else:
                 await self._wait_for_change(until - loop.time())
 
@@ -81,7 +86,7 @@ class Replicas:
 
     async def close(self) -> None:
         """Close all channels; calls on them end."""
-        self.update(())
+        self.update((), 0)
         for link in list(self._links.values()):
             link.streams = 0
             self._close_if_unused(link)
@@ -109,7 +114,7 @@ class Replicas:
             self._waiters.discard(waiter)
 
     def _changed(self) -> None:
-        if self.router.num_ready:
+        if self.router.num_ready or self.wanted == 0:
             for waiter in self._waiters:
                 if not waiter.done():
                     waiter.set_result(None)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from flm.cluster.admission import Options
+from flm.cluster.config import ModelSection
+from flm.cluster.generation_config import read_sampling
 from flm.cluster.prompt_choice import BY_CHECKPOINT, PromptChoice, choose_template
+from flm.cluster.rendering import Renderer
 from flm.cluster.replicas import Replicas
+from flm.cluster.state import ModelFacts
 from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2
-from flm.worker.checkpoint import open_checkpoint
-from flm.worker.config import ModelConfig
-from flm.worker.errors import CheckpointError
 from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
-from flm.worker.vocabularies.files import checked
+from flm.worker.vocabularies.files import checked, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,64 @@ class ServedModel:
     quantization: str = "auto"
     tensor_parallel: int = 1
     prompt: PromptChoice = BY_CHECKPOINT
+    rows: int = 0  # of its embedding, 0 where that is not known
+    eos_token_ids: tuple[int, ...] = ()  # those at which a worker ends a text by itself
+    generation_config: bool = True  # whether that of the checkpoint says how to sample by default
+
+
+def served_model(model: ModelSection, facts: ModelFacts) -> ServedModel:
+    """A model of cluster.yaml, with what the plan learnt of its checkpoint."""
+    return ServedModel(
+        model.name,
+        model.path,
+        facts.max_context,
+        facts.architecture,
+        facts.precision,
+        model.tensor_parallel,
+        model.prompt,
+        facts.rows,
+        facts.eos_token_ids,
+        model.generation_config == "auto",
+    )
+
+
+@dataclass(frozen=True)
+class Words:
+    """A model's text side. `sampling`: what the fields of a request mean that it does not set."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_words(spec: ServedModel, load: Callable[[Path], Tokenizer] = load_tokenizer) -> Words:
+    """Read what lies beside a model's weights; up to a second of work. `load` reads the tokenizer.
+
+    CheckpointError where that is missing, broken or has too many ids for the model, ConfigError where the prompt that
+    cluster.yaml asks for does not go with it."""
+    path = resolve_model_path(spec.path)
+    tokenizer = load(path)
+    if spec.rows:
+        tokenizer = checked(tokenizer, spec.rows, spec.path)
+    sampling = read_sampling(path) if spec.generation_config else {}
+    return Words(tokenizer, choose_template(spec.prompt, tokenizer, path), sampling)
 
 
 class LoadedModel:
-    """A served model with its tokenizer and template read."""
+    """A served model with its tokenizer and template read. Belongs to one event loop."""
 
     def __init__(
-        self, spec: ServedModel, tokenizer: Tokenizer, on_change: Callable[[], None], replica_key: str
+        self, spec: ServedModel, words: Words, on_change: Callable[[], None], replica_key: str
     ) -> None:
-        self.spec = spec
-        words = read_words(spec.path, tokenizer, spec.prompt)
-        self.tokenizer, self.template, own = words.tokenizer, words.template, words.eos_token_ids
+        self.spec, self.tokenizer, self.template = spec, words.tokenizer, words.template
+        self.sampling = words.sampling
+        self.chats = Renderer(spec.name, words.template, words.tokenizer)
         self.replicas = Replicas(spec.name, on_change, replica_key)
-        self.wanted = 0
-        ends = own or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
+        own, last = spec.eos_token_ids, words.tokenizer.eos_token_id
+        ends = own or (() if last is None else (last,))
         self._eos_token_ids = tuple(sorted({*ends, *self.template.stop_ids}))
         self._more_ends = tuple(i for i in self._eos_token_ids if i not in own)
-        self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(tokenizer.token_text)
+        self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(words.tokenizer.token_text)
 
     def with_ends(self, options: Options, *, chat: bool) -> Options:
         """The options with what ends an answer besides the ids that workers know; none for ignore_eos."""
@@ -73,32 +115,12 @@ class LoadedModel:
             quantization=self.spec.quantization,
             tensor_parallel=self.spec.tensor_parallel,
             ready_replicas=self.ready,
-            wanted_replicas=self.wanted,
+            wanted_replicas=self.replicas.wanted or 0,
             eos_token_ids=self._eos_token_ids,
             has_chat_template=not self.template.problem,
         )
 
-
-@dataclass(frozen=True)
-class Words:
-    """A model's text side. eos_token_ids: those at which a worker ends a text by itself."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    eos_token_ids: tuple[int, ...]
-
-
-def read_words(name: str, tokenizer: Tokenizer, prompt: PromptChoice) -> Words:
-    """`tokenizer` beside the checkpoint `name`. CheckpointError where it has too many ids for it, ConfigError where
-    `prompt` does not go with it."""
-    path: Path | None = None
-    config: ModelConfig | None = None
-    try:
-        path = resolve_model_path(name)
-        config = open_checkpoint(path).config
-    except CheckpointError:
-        pass  # its replicas say what is wrong with it, when they load
-    if config is not None:
-        tokenizer = checked(tokenizer, config.vocab, name)
-    template = choose_template(prompt, tokenizer, path)
-    return Words(tokenizer, template, config.eos_token_ids if config is not None else ())
+    async def close(self) -> None:
+        """Calls to its replicas end, and conversations that wait to be rendered."""
+        self.chats.close()
+        await self.replicas.close()

@@ -30,6 +30,8 @@ class ModelFacts:
     architecture: str = ""
     precision: str = ""
     device: str = "cpu"  # cpu or cuda, of every rank
+    rows: int = 0  # of its embedding
+    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,10 @@ def load_desired(folder: Path) -> Desired | None:
     data = read_json(folder / DESIRED)
     if data is None:
         return None
-    facts = {name: ModelFacts(**fields) for name, fields in data.pop("facts").items()}
+    facts = {
+        name: ModelFacts(**{**fields, "eos_token_ids": tuple(fields["eos_token_ids"])})
+        for name, fields in data.pop("facts").items()
+    }
     return Desired(**data, facts=facts)
 
 

@@ -58,6 +58,12 @@ class Tokenizer:
     def _splitter(self) -> Splitter:
         return Splitter(self.special_tokens)
 
+    def warm(self) -> None:
+        """Do now what the first texts would have to wait for: half a second of work where the vocabulary is large."""
+        for parse_special in (True, False):
+            self.vocabulary.encode("a", False, parse_special)
+        _ = self.longest_token, self._splitter, self.bos_token_id, self.eos_token_id
+
     def token_id(self, token: str) -> int | None:
         return self.vocabulary.token_id(token)
 

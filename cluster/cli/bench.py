@@ -42,6 +42,7 @@ def bench(
 
     target = options.gateway_target(cluster, address, api_key, ca_file)
     with options.gateway_client(target) as client:
+        options.say_if_none_is_ready(client, model)
         vocab = client.model_info(model).vocab_size
     drawn = random.Random(0)
     prompts = [[drawn.randrange(vocab) for _ in range(prompt_tokens)] for _ in range(requests + 1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +43,12 @@ def chat(
     target = options.gateway_target(cluster, address, api_key, ca_file)
     sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed)
     with options.gateway_client(target) as client:
-        talk = Conversation(partial(client.chat, sampling=sampling, model=model), system)
+
+        def ask(said: list[Message]) -> Stream:
+            options.say_if_none_is_ready(client, model)
+            return client.chat(said, sampling, model=model)
+
+        talk = Conversation(ask, system)
         if not message:
             _converse(talk, stats)
             return

@@ -43,6 +43,13 @@ def gateway_client(target: Target) -> Client:
     return Client(target.address, api_key=target.api_key, ca_file=target.ca_file)
 
 
+def say_if_none_is_ready(client: Client, model: str) -> None:
+    """On standard error, that a request will have to wait. Raises what the gateway has against the model."""
+    info = client.model_info(model)
+    if info.wanted_replicas and not info.ready_replicas:
+        print(f"waiting: 0 of {info.wanted_replicas} replicas of {info.name} are ready", file=sys.stderr)
+
+
 def text_argument(text: str) -> str:
     """The text, or all of standard input for "-"."""
     return sys.stdin.read() if text == "-" else text

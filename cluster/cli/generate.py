@@ -33,11 +33,10 @@ def generate(
 
     target = options.gateway_target(cluster, address, api_key, ca_file)
     sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed, stop=stop or [])
-    with (
-        options.gateway_client(target) as client,
-        client.generate(options.text_argument(prompt), sampling, model=model) as stream,
-    ):
-        answer = read_answer(stream, no_show if as_json else show_text)
+    with options.gateway_client(target) as client:
+        options.say_if_none_is_ready(client, model)
+        with client.generate(options.text_argument(prompt), sampling, model=model) as stream:
+            answer = read_answer(stream, no_show if as_json else show_text)
     print(json.dumps(answer.to_json()) if as_json else "")
     if stats:
         print(answer.stats(), file=sys.stderr)

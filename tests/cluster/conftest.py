@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import pytest_asyncio
-from fake_cluster import KEY, MAX_CONTEXT, FakeCluster, byte_tokenizer, expected_tokens, streams_of
+from fake_cluster import KEY, MAX_CONTEXT, MODEL, FakeCluster, byte_tokenizer, expected_tokens, streams_of
 
 from flm.cluster.gateway import Gateway, ServedModel
 from flm.worker.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ async def start_cluster(tokenizer: Tokenizer) -> AsyncIterator[StartCluster]:
 
     async def start(replicas: int = 1, **options: object) -> FakeCluster:
         gateway = Gateway(
-            [ServedModel("m", "nowhere", MAX_CONTEXT, "llama")],
+            [ServedModel("m", MODEL, MAX_CONTEXT, "llama")],
             "127.0.0.1:0",
             load=lambda path: tokenizer,
             **({"replica_key": KEY} | options),  # type: ignore[arg-type]

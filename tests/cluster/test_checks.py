@@ -23,7 +23,7 @@ from flm.cluster.plan import Plan
 from flm.cluster.ray_head import free_port
 from flm.cluster.state import Endpoint, load_endpoint, save_endpoint
 from flm.kernels.cores import usable_cpus
-from flm.worker.errors import CheckpointError, ConfigError
+from flm.worker.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 GOOD = """\
@@ -161,11 +161,12 @@ def test_words_that_do_not_go_with_the_model_stop_up(folder: Path) -> None:
         return checks.check_plan(check_file(write(folder, GOOD + more, path=str(model))).config)
 
     with pytest.raises(
-        CheckpointError, match=r"tiny: expected tokenizer\.json, tokenizer\.model, .* in this"
+        ConfigError,
+        match=r"^models\[0\]\.path: .*tiny: expected tokenizer\.json, tokenizer\.model, .* in this",
     ):
         planned()
     (model / "tokenizer.model").write_bytes(sentencepiece_model())
-    with pytest.raises(CheckpointError, match="its tokenizer has 420 tokens and its embedding 96 rows"):
+    with pytest.raises(ConfigError, match="its tokenizer has 420 tokens and its embedding 96 rows"):
         planned()
     (model / "tokenizer.model").write_bytes(sentencepiece_model(byte_fallback=False, vocab_size=96))
     assert planned().fits

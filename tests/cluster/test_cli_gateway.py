@@ -71,6 +71,18 @@ async def test_generate_reads_standard_input_and_prints_json(start_cluster: Star
     assert (found["finish_reason"], found["prompt_tokens"], found["restarts"]) == ("length", 3, 0)
 
 
+async def test_waiting_for_a_replica_is_said(start_cluster: StartCluster) -> None:
+    cluster = await start_cluster(0)
+    cluster.gateway.set_routes("m", [], wanted=2)
+    process = await start("generate", PROMPT, "--max-tokens", "3", "--address", cluster.address)
+    assert process.stderr is not None
+    said = await asyncio.wait_for(process.stderr.readline(), 30)
+    assert said == b"waiting: 0 of 2 replicas of m are ready\n"
+    await cluster.add()
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, err, len(out) > 1) == (0, b"", True)
+
+
 async def test_errors_are_one_line_and_exit_1(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
     wrong = (

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from fake_cluster import MODEL, byte_tokenizer
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -80,6 +81,29 @@ async def test_waits_for_a_replica(start_cluster: Start) -> None:
         await asyncio.sleep(0.05)
         await cluster.add()
         assert len(await waiting) > 0
+
+
+async def test_a_model_scaled_to_nothing_is_refused_at_once(start_cluster: Start) -> None:
+    cluster = await start_cluster(0)
+    async with AsyncClient(cluster.address) as client:
+        waiting = asyncio.ensure_future(_all(client.generate("x")))
+        while not cluster.waiting_or_served():
+            await asyncio.sleep(0.005)
+        cluster.push()  # the controller's word: none is wanted
+        with pytest.raises(Unavailable, match="model 'm' is scaled to 0 replicas"):
+            await asyncio.wait_for(waiting, 5)
+        with pytest.raises(Unavailable, match="scaled to 0"):
+            await asyncio.wait_for(_all(client.generate("x")), 5)
+        await cluster.add()
+        assert await _all(client.generate("x", Sampling(max_tokens=2)))
+
+
+async def test_what_first_texts_would_wait_for_is_done_before_it_serves() -> None:
+    tokenizer = byte_tokenizer()
+    gateway = Gateway([ServedModel("m", MODEL, 512)], "127.0.0.1:0", load=lambda path: tokenizer)
+    await gateway.start()
+    assert {"longest", "_plain"} <= vars(tokenizer.vocabulary).keys()
+    await gateway.stop(0)
 
 
 async def _all(stream: Any) -> list[flm_pb2.GenerateFrame]:

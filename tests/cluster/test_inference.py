@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from fake_cluster import KEY, MAX_CONTEXT, MODEL, FakeCluster
 
+from flm.cluster import rendering
 from flm.cluster.client import AsyncClient, Sampling
+from flm.cluster.gateway import Gateway, ServedModel
 from flm.cluster.inference import MAX_TEXT
+from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import (
     InvalidRequest,
     ModelNotFound,
+    Overloaded,
 )
 
 Start = Callable[..., Awaitable[Any]]
@@ -123,6 +131,54 @@ async def test_chat_goes_through_the_template(start_cluster: Start) -> None:
         assert [text async for text in client.chat("hi", Sampling(max_tokens=3)).texts()]
     ids = cluster.seats[0].replica.accepted[0].prompt_ids
     assert bytes(ids) == b"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_a_slow_template_holds_up_only_its_own_models_conversations(
+    start_cluster: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = await start_cluster()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(template: ChatTemplate, messages: Any) -> str:
+        begun.set()
+        assert go_on.wait(20)
+        return "".join(message["content"] for message in messages)
+
+    monkeypatch.setattr(ChatTemplate, "render", slow)
+    monkeypatch.setattr(rendering, "MAX_WAITING", 1)
+    async with AsyncClient(cluster.address) as client:
+        chat = asyncio.ensure_future(_texts(client.chat("abc", Sampling(max_tokens=3, seed=1))))
+        while not begun.is_set():
+            await asyncio.sleep(0.005)
+        generated = await _texts(client.generate("abc", Sampling(max_tokens=3, seed=1)))
+        with pytest.raises(Overloaded, match="1 conversations wait for the chat template of 'm'"):
+            await _texts(client.chat("other"))
+        go_on.set()
+        assert await chat == generated != []
+
+
+async def _texts(stream: Any) -> list[str]:
+    return [text async for text in stream.texts()]
+
+
+async def test_the_checkpoints_defaults_of_sampling_reach_replicas(tokenizer: Any, tmp_path: Path) -> None:
+    shutil.copy(Path(MODEL) / "config.json", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+    gateway = Gateway(
+        [ServedModel("m", str(tmp_path), MAX_CONTEXT)],
+        "127.0.0.1:0",
+        load=lambda path: tokenizer,
+        replica_key=KEY,
+    )
+    cluster = FakeCluster(gateway, await gateway.start())
+    try:
+        replica = (await cluster.add()).replica
+        async with AsyncClient(cluster.address) as client:
+            await _texts(client.generate("x", Sampling(max_tokens=1)))
+            await _texts(client.chat("x", Sampling(max_tokens=1, temperature=1.0)))
+        assert [(r.params.temperature, r.params.top_k) for r in replica.accepted] == [(0.5, 7), (1.0, 7)]
+    finally:
+        await cluster.close()
 
 
 async def test_messages_cannot_end_a_text(start_cluster: Start) -> None:

@@ -32,7 +32,7 @@ def test_a_model_without_replicas_can_be_scaled_up_later() -> None:
     path = str(Path(__file__).resolve().parents[2] / "deploy" / "shapes" / "qwen-72b")
     hardware = Hardware((Machine("host", 32, 512 << 30, 0.0, 4, KNOWN_GPUS["h100"]),))
     none, one = (
-        launch.facts_of(plan_demands([Demand("m", path, "auto", 4, replicas=count)], hardware))["m"]
+        plan_demands([Demand("m", path, "auto", 4, replicas=count)], hardware).facts()["m"]
         for count in (0, 1)
     )
     assert none == one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fake_cluster import EOS, KEY, MAX_CONTEXT, FakeCluster, byte_tokenizer
+from fake_cluster import EOS, KEY, MAX_CONTEXT, MODEL, FakeCluster, byte_tokenizer
 
 from flm.cluster.async_client import AsyncClient
 from flm.cluster.client_request import Sampling
@@ -13,7 +13,7 @@ TEXTS = ("<FLM_FIX_TOKEN_3>", "Q:", "\nA:", "<FLM_FIX_TOKEN_256>")
 
 
 async def test_fastllms_texts_reach_the_replica_as_ids() -> None:
-    spec = ServedModel("m", "nowhere", MAX_CONTEXT, prompt=PromptChoice(texts=TEXTS))
+    spec = ServedModel("m", MODEL, MAX_CONTEXT, prompt=PromptChoice(texts=TEXTS))
     gateway = Gateway([spec], "127.0.0.1:0", load=lambda path: byte_tokenizer(), replica_key=KEY)
     cluster = FakeCluster(gateway, await gateway.start())
     try:

@@ -12,7 +12,13 @@ from flm.cluster import state
 from flm.cluster.state import Desired, Endpoint, ModelFacts
 from flm.worker.errors import InvalidRequest, NotFound
 
-DESIRED = Desired("name: x", "/x.yaml", {"m": 2}, {"m": ModelFacts(123, 4096, "llama", "Q4_1")}, "a secret")
+DESIRED = Desired(
+    "name: x",
+    "/x.yaml",
+    {"m": 2},
+    {"m": ModelFacts(123, 4096, "llama", "Q4_1", eos_token_ids=(2, 7))},
+    "a secret",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
@@ -25,6 +26,7 @@ from flm.worker.vocabularies.library import LibraryVocabulary
 CORPUS = "Grüße aus Köln! 世界 is wide — 😀 and «more» to say; żółw, naïve café.\n".encode()
 EOS = 256
 MAX_CONTEXT = 512
+MODEL = str(Path(__file__).parents[1] / "data" / "golden" / "llama2")  # without a tokenizer
 KEY = "the cluster's own"  # between gateway and replicas
 
 

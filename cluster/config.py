@@ -17,6 +17,7 @@ from pydantic import WithJsonSchema as JsonSchema
 from flm.cluster.hardware import NodeSpec
 from flm.cluster.prompt_fields import PromptFields
 from flm.cluster.quantization import Quantization
+from flm.cluster.reconcile import DRAIN_TIMEOUT
 from flm.cluster.units import Bytes
 from flm.cluster.yaml_source import (
     ConfigErrors,
@@ -26,6 +27,7 @@ from flm.cluster.yaml_source import (
     parse_yaml,
 )
 from flm.worker.errors import ConfigError
+from flm.worker.limits import HANG_TIMEOUT
 
 MAX_REPLICAS = 1024  # of one model: a guard against slips of the finger
 
@@ -173,8 +175,8 @@ class ModelSection(Section, PromptFields):
     max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     max_queue: Annotated[int, Field(ge=0)] = 256
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    drain_timeout: Annotated[float, Field(ge=0, le=86400)] = 30.0
-    hang_timeout: Annotated[float, Field(ge=1, le=3600)] = 10.0
+    drain_timeout: Annotated[float, Field(ge=0, le=86400)] = DRAIN_TIMEOUT
+    hang_timeout: Annotated[float, Field(ge=1, le=3600)] = HANG_TIMEOUT
 
 
 class ClusterConfig(Section):

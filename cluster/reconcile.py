@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from flm.worker.limits import HANG_TIMEOUT
+
+DRAIN_TIMEOUT = 30.0  # seconds for a replica's streams, unless a file says otherwise
 MAX_SILENCE = 10.0  # seconds without an answered heartbeat
 MIN_MISSED = 5  # and so many unanswered ones in a row: an observer that was held up itself proves nothing
 LEADER_FIRST = 1.0  # seconds that a leader gets past its own bound on a step, for it knows the rank to blame
@@ -33,8 +36,8 @@ class Phase(Enum):
 class ModelTarget:
     model: str
     replicas: int
-    drain_timeout: float = 30.0  # seconds
-    hang_timeout: float = 10.0  # seconds in one engine step
+    drain_timeout: float = DRAIN_TIMEOUT
+    hang_timeout: float = HANG_TIMEOUT
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def count_failure(view: ReplicaView, now: float) -> int:
     return 1 if lasted else view.failures + 1
 
 
-def fault_of(view: ReplicaView, hang_timeout: float = 10.0) -> str:
+def fault_of(view: ReplicaView, hang_timeout: float) -> str:
     """Why the group has to go, or "". Being busy is no fault: only silence, or a step that does not end."""
     if view.phase is Phase.FAILED:
         return ""
@@ -133,7 +136,8 @@ def reconcile(targets: Sequence[ModelTarget], replicas: Sequence[ReplicaView], n
 
 def _reconcile_model(target: ModelTarget, replicas: Sequence[ReplicaView], now: float) -> Iterator[Action]:
     counted = [r for r in replicas if r.phase is not Phase.DRAINING]
-    surplus = sorted(counted, key=_dispensable)[: max(0, len(counted) - target.replicas)]
+    counted.sort(key=lambda replica: _dispensable(replica, target.hang_timeout))
+    surplus = counted[: max(0, len(counted) - target.replicas)]
     for replica in replicas:
         fault = fault_of(replica, target.hang_timeout)
         if replica.phase is Phase.DRAINING:
@@ -155,10 +159,11 @@ def _is_due(replica: ReplicaView, now: float) -> bool:
     return replica.failures < GIVE_UP and now >= replica.since + retry_delay(replica.failures)
 
 
-def _dispensable(replica: ReplicaView) -> tuple[int, int, float]:
-    """Sort key: who goes first when there are too many. Broken, then starting, then the least loaded; newest first."""
+def _dispensable(replica: ReplicaView, hang_timeout: float) -> tuple[int, int, float]:
+    """Sort key: who goes first when there are too many. Broken, then starting, then the least loaded; newest
+    first."""
     rank = 2
-    if replica.phase is Phase.FAILED or fault_of(replica):
+    if replica.phase is Phase.FAILED or fault_of(replica, hang_timeout):
         rank = 0
     elif replica.phase is Phase.STARTING:
         rank = 1

@@ -8,6 +8,7 @@ from typing import Protocol
 from flm.worker.errors import ConfigError, InvalidRequest
 from flm.worker.request import Request
 
+HANG_TIMEOUT = 10.0  # seconds in one step, unless a file says otherwise
 _SMOOTHING = 0.2  # weight of the newest request in the average service time
 _RETRY_AFTER = (0.05, 60.0)  # seconds, bounds of the advice given to refused clients
 

@@ -24,7 +24,7 @@ from flm.worker.channel import (
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.comm import Communicator, LocalCommunicator, SharedMemoryCommunicator
 from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InvalidRequest
-from flm.worker.limits import Limits
+from flm.worker.limits import HANG_TIMEOUT, Limits
 from flm.worker.model import Decoder
 from flm.worker.paths import resolve_model_path
 from flm.worker.replica import Replica, as_flm_error
@@ -52,7 +52,7 @@ class GroupSpec:
     max_queue: int = 256
     block_size: int = 16
     threads: int = 1  # per rank
-    hang_timeout: float = 10.0
+    hang_timeout: float = HANG_TIMEOUT
     run_dir: str = ""  # sockets and shared memory of this start of the group; empty for one rank
     capture: bool = True  # False: every op of every step runs eagerly, for comparison
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
@@ -25,17 +26,12 @@ def events(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
 ) -> None:
     """Print the cluster's events as they come, until Ctrl-C."""
-    from google.protobuf.json_format import MessageToJson
+    from flm.cluster.cli.plain import plain
 
     with admin_client(cluster, address, api_key) as client:
         try:
             for event in client.events(replay=not new_only):
-                line = (
-                    MessageToJson(event, indent=None, preserving_proto_field_name=True)
-                    if as_json
-                    else describe(event)
-                )
-                print(line, flush=True)
+                print(json.dumps(plain(event)) if as_json else describe(event), flush=True)
         except KeyboardInterrupt:
             return
 

@@ -25,12 +25,9 @@ def status(
     with admin_client(cluster, address, api_key) as client:
         found = client.status()
     if as_json:
-        from google.protobuf.json_format import MessageToDict
+        from flm.cluster.cli.plain import plain
 
-        plain = MessageToDict(
-            found, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-        )
-        print(json.dumps(plain, indent=2))
+        print(json.dumps(plain(found), indent=2))
         return
     from rich.console import Console
 
@@ -56,6 +53,7 @@ def table(found: flm_pb2.ClusterStatus) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from flm.cluster.cli.plain import word
     from flm.cluster.units import format_bytes
     from flm.proto import flm_pb2
 
@@ -70,7 +68,7 @@ def table(found: flm_pb2.ClusterStatus) -> Table:
             made.add_row(
                 name,
                 replica.replica_id,
-                flm_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_").lower(),
+                word(flm_pb2.ReplicaState.DESCRIPTOR, replica.state),
                 format_bytes(sum(rank.resident_bytes for rank in replica.ranks)),
                 str(load.running),
                 str(load.waiting),

@@ -75,7 +75,7 @@ def cluster_file(folder: Path, more: str = "", path: str = "/nowhere", gateway: 
             f"    tensor_parallel: {usable_cpus() + 1}\n",
             f"c.yaml:7: models[0].tensor_parallel: {usable_cpus() + 1} ranks are larger than the machine",
         ),
-        ("", "/nowhere: no such file or directory; expected a model directory"),
+        ("", "c.yaml:6: models[0].path: /nowhere: no such file or directory; expected a model directory"),
     ],
 )
 def test_wrong_files(

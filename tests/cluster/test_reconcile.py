@@ -91,8 +91,8 @@ def test_only_quick_failures_add_up() -> None:
 
 def test_saturation_does_not_look_like_death() -> None:
     busy = view("m-0", outstanding=10**6, stuck=10.0, silence=MAX_SILENCE + 5, missed=MIN_MISSED - 1)
-    assert fault_of(busy) == ""
-    assert fault_of(replace(busy, missed=MIN_MISSED, silence=MAX_SILENCE - 1)) == ""
+    assert fault_of(busy, 10.0) == ""
+    assert fault_of(replace(busy, missed=MIN_MISSED, silence=MAX_SILENCE - 1), 10.0) == ""
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,12 @@ def test_scale_down_takes_the_broken_then_the_starting_then_the_least_loaded() -
     assert act(3, *views) == [StopReplica("m-3", "no longer wanted")]
     assert act(2, *views)[0] == StopReplica("m-2", "no longer wanted")
     assert DrainReplica("m-0") in act(1, *views)
+
+
+def test_a_step_that_the_model_may_take_is_no_reason_to_go_first() -> None:
+    slow, idle = view("m-0", stuck=50.0, outstanding=5), view("m-1")
+    (action,) = reconcile([ModelTarget("m", 1, hang_timeout=60.0)], [slow, idle], NOW)
+    assert action == DrainReplica("m-1")
 
 
 def test_of_equals_the_newest_goes() -> None:
@@ -204,7 +210,7 @@ def test_it_converges_without_a_step_too_many(
         actions = reconcile(targets, list(world.values()), now)
         for action in actions:
             if isinstance(action, KillReplica):
-                assert fault_of(world[action.replica_id])  # never a healthy one
+                assert fault_of(world[action.replica_id], 10.0)  # never a healthy one
             obey(world, action, now)
         for target in targets:
             counted = [r for r in world.values() if r.model == target.model and r.phase is not Phase.DRAINING]

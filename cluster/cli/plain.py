@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+    from google.protobuf.descriptor import EnumDescriptor
     from google.protobuf.message import Message
 
 
@@ -29,7 +29,8 @@ def word(enum: EnumDescriptor, number: int) -> str:
     return str(number) if value is None else value.name.removeprefix(prefix).lower()
 
 
-def _value(field: FieldDescriptor, value: Any) -> Any:
+def _value(field: Any, value: Any) -> Any:
+    """`field`: its descriptor, of which protobuf has two kinds."""
     if field.message_type is not None:
         return plain(value)
     return value if field.enum_type is None else word(field.enum_type, value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flm.kernels.classic_ops import ClassicOps
-from flm.kernels.cuda.attention import WIDEST_HEAD
 from flm.kernels.cuda.backend import CudaBackend
+from flm.kernels.cuda.rope import WIDEST_HEAD
 from flm.kernels.expert_ops import ExpertOps
 from flm.kernels.latent_ops import LatentOps
 from flm.kernels.recurrent_ops import RecurrentOps

@@ -10,20 +10,22 @@ from dataclasses import dataclass
 
 from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions
 from flm.kernels.cuda.kernel import Device, Kernel, instance
-from flm.kernels.cuda.rope import CudaCache
+from flm.kernels.cuda.rope import WIDEST_HEAD, CudaCache
 from flm.kernels.errors import DTypeError, ShapeError
 
-WARPS = 4
 ROWS = 16  # of a warp: query heads of one key-value head
-WIDEST_HEAD = 128
+NARROW = 128  # heads that one warp makes all outputs of
+DECODE_WARPS, PREFILL_WARPS = 4, 8
 SHORTEST_CHUNK = 256
+CHUNK_STEP = 64  # keys; the tile of prefill_attention.cu divides it
 MOST_CHUNKS = 32
+HEADS_AT_ONCE = 8  # of a block that merges chunks, in steps of which few tokens have any
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionSpace:
-    """Where the chunks of a step's longest contexts are merged from. chunk: keys that one warp sums alone; results depend
-    on it, so an engine has one. parts float32 [rows, chunks, width], facts float32 [rows, chunks, 2]; rows = T * H."""
+    """Where the chunks of a step's longest contexts are merged from. chunk: keys that are summed alone; results depend
+    on it, so an engine has one. parts float32 [rows, chunks, width], facts float32 [rows, chunks, 2]; rows = S * H."""
 
     chunk: int
     chunks: int
@@ -32,27 +34,45 @@ class AttentionSpace:
 
     @property
     def rows(self) -> int:
-        """The most T * H whose keys may be split between warps."""
+        """The most T * H of a decode step, and S * H of other steps, whose keys may be split between warps."""
         return int(self.parts.shape[0])
 
 
 def width(head_dim: int) -> int:
-    """The head width that the kernels compute with."""
-    return -(-head_dim // 64) * 64
+    """The head width that decode computes with."""
+    return next(w for w in (64, 128, 256) if head_dim <= w)
+
+
+def prefill_width(head_dim: int) -> int:
+    """The head width that prefill computes with."""
+    return next(w for w in (64, 96, 128, 192, 256) if head_dim <= w)
+
+
+def prefill_memory(head_dim: int, kv: str) -> int:
+    """Bytes of shared memory of a block: see Layout in prefill_attention.cu."""
+    w = prefill_width(head_dim)
+    lead, tile, wide = -(-w // 64) * 8, 32 if w > 64 else 64, w > NARROW
+    stages = 1 if kv == "int8" else 2 if wide else 3 if w == 64 else 4
+    raw = 4 * tile * w // 8 * 8 if kv == "int8" else 0
+    queries = PREFILL_WARPS // 2 * ROWS * lead * 16 if wide else 0
+    return stages * 2 * tile * lead * 16 + raw + queries
 
 
 def attention_space(device: Device, max_context: int, rows: int, head_dim: int) -> AttentionSpace:
-    """For contexts up to max_context and decode steps of up to rows = T * H."""
-    chunk = max(SHORTEST_CHUNK, -(-max_context // (MOST_CHUNKS * ROWS)) * ROWS)
+    """For contexts up to max_context and steps in which up to rows = T * H are decoded."""
+    chunk = max(SHORTEST_CHUNK, -(-max_context // (MOST_CHUNKS * CHUNK_STEP)) * CHUNK_STEP)
     chunks = max(1, -(-max_context // chunk))
     parts = device.empty((rows, chunks, width(head_dim)), "float32")
     return AttentionSpace(chunk, chunks, parts, device.empty((rows, chunks, 2), "float32"))
 
 
 def kernels(activation: str, kv: str, head_dim: int) -> tuple[Kernel, Kernel, Kernel]:
-    """The instances that split keys between warps, do not, and merge what was split."""
-    made = [instance("attention.cu", "attention", activation, kv, width(head_dim), s) for s in (True, False)]
-    return made[0], made[1], instance("attention.cu", "combine", activation, width(head_dim))
+    """The instances that split keys between warps, merge what was split, and do whole prompts."""
+    return (
+        instance("attention.cu", "attention", activation, kv, width(head_dim)),
+        instance("attention.cu", "combine", activation, width(head_dim)),
+        instance("prefill_attention.cu", "prefill_attention", activation, kv, prefill_width(head_dim)),
+    )
 
 
 def paged_attention(
@@ -66,44 +86,46 @@ def paged_attention(
     out_THD: Array,
     space: AttentionSpace,
     slopes_H: Array | None = None,
-    split: bool | None = None,
+    decode: bool | None = None,
 ) -> None:
     """Token t of sequence seq_index[t] attends to that sequence's cached positions 0..positions[t]; -1: out is zero.
 
     Query head h reads key-value head h * J // H; J must divide H. float16 or bfloat16, the cache of the same type or int8.
-    slopes: float32, added to scores of head h as slopes[h] * (position - positions[t]).
-    split: whether warps share a token's keys (None: where the workspace has room). A token's bits are the same either way.
+    slopes: float32, added to scores of head h as slopes[h] * (position - positions[t]). Tokens of a sequence are neighbours.
+    decode: that every token's keys are split between warps, as suits steps with a token of each sequence (None: where the
+    workspace has room). In other steps that is done for tokens that have their sequence for themselves, and the rest share
+    tiles of keys. A token's bits are the same either way.
     """
     _check(q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, slopes_H)
-    (T, H, D), B, J = q_THD.shape, block_tables_SB.shape[1], cache.kv_heads
+    (T, H, D), (S, B), J = q_THD.shape, block_tables_SB.shape, cache.kv_heads
     if not T:
         return
-    split = space.rows >= T * H if split is None else split
-    if split and space.rows < T * H:
+    assert space.chunk % CHUNK_STEP == 0, space.chunk
+    decode = space.rows >= T * H if decode is None else decode
+    if decode and space.rows < T * H:
         raise ShapeError(f"a workspace of {T * H} rows expected, got {space.rows}")
-    heads = H // J
-    tokens = 1 if split else max(1, ROWS // heads)
-    tiles = -(-T // tokens) * -(-heads // ROWS)
-    args = [
-        q_THD,
-        cache.k,
-        cache.v,
-        cache.k_scales,
-        cache.v_scales,
-        block_tables_SB,
-        seq_index_T,
-        positions_T,
-    ]
-    args += [out_THD, space.parts, space.facts, slopes_H, T, H, J, D, B, cache.block_size]
-    args += [space.chunk, space.chunks, tokens, float(scale) * math.log2(math.e)]
-    splitting, whole, combining = kernels(q_THD.dtype.name, cache.dtype, D)
-    if not split:
-        device.launch(whole, (-(-tiles // WARPS), J), 32 * WARPS, args, WARPS * ROWS * width(D) * 4)
-        return
-    shares = min(-(-space.chunks // WARPS), max(1, 2 * device.processors // (tiles * J)))
-    device.launch(splitting, (tiles, J, shares), 32 * WARPS, args)
-    merge = [space.parts, space.facts, seq_index_T, positions_T, out_THD, H, D, space.chunk, space.chunks]
-    device.launch(combining, (T * H,), width(D), merge)
+    heads, split = H // J, decode or space.rows >= S * H
+    splitting, combining, whole = kernels(q_THD.dtype.name, cache.dtype, D)
+    common = [q_THD, cache.k, cache.v, cache.k_scales, cache.v_scales]
+    common += [block_tables_SB, seq_index_T, positions_T]
+    sizes, factor = [T, H, J, D, B, cache.block_size, space.chunk], float(scale) * math.log2(math.e)
+    if split:
+        tiles, at_once = T * -(-heads // ROWS), DECODE_WARPS // (1 if D <= NARROW else 2)
+        shares = min(-(-space.chunks // at_once), max(1, 2 * device.processors // (tiles * J)))
+        alone_only = int(not decode)
+        args = [*common, space.parts, space.facts, slopes_H, *sizes, space.chunks, alone_only, factor]
+        device.launch(splitting, (tiles, J, shares), 32 * DECODE_WARPS, args)
+        heads_of_block = 1 if decode else HEADS_AT_ONCE
+        merge = [space.parts, space.facts, seq_index_T, positions_T, out_THD, T, H, D, space.chunk]
+        merge += [space.chunks, alone_only, heads_of_block]
+        device.launch(combining, (T, -(-H // heads_of_block)), width(D), merge)
+    if not decode:
+        tokens = max(1, ROWS // heads)
+        groups = PREFILL_WARPS // (1 if D <= NARROW else 2)
+        tiles = -(-T // tokens) * -(-heads // ROWS)
+        args = [*common, out_THD, slopes_H, *sizes, int(split), tokens, factor]
+        memory = prefill_memory(D, cache.dtype)
+        device.launch(whole, (J, -(-tiles // groups)), 32 * PREFILL_WARPS, args, memory)
 
 
 def _check(

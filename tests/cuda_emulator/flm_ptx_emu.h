@@ -12,14 +12,17 @@ namespace flm {
 inline void check_aligned(const void* p, int bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) emu::fail(std::string(what) + ": the address is not aligned");
 }
-inline void cp_async16(void* dst, const void* src, bool ok = true) {
-  check_aligned(dst, 16, "cp.async");
-  if (ok) check_aligned(src, 16, "cp.async");
-  emu::g.current->open.push_back({dst, src, ok ? 16 : 0, ok ? 0 : 16});
+template <int BYTES>
+inline void emu_copy_async(void* dst, const void* src, bool ok) {
+  check_aligned(dst, BYTES, "cp.async");
+  if (ok) check_aligned(src, BYTES, "cp.async");
+  emu::g.current->open.push_back({dst, src, ok ? BYTES : 0, ok ? 0 : BYTES});
   if (!emu::g.eager) return;
-  if (ok) std::memcpy(dst, src, 16);
-  else std::memset(dst, 0, 16);
+  if (ok) std::memcpy(dst, src, BYTES);
+  else std::memset(dst, 0, BYTES);
 }
+inline void cp_async16(void* dst, const void* src, bool ok = true) { emu_copy_async<16>(dst, src, ok); }
+inline void cp_async8(void* dst, const void* src, bool ok = true) { emu_copy_async<8>(dst, src, ok); }
 inline void cp_async_commit() {
   auto* f = emu::g.current;
   f->groups.push_back(std::move(f->open));

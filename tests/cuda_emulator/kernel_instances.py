@@ -55,11 +55,13 @@ INSTANCES: dict[Kernel, int] = {
     all_reduce.kernel("bfloat16"): 64,
     all_reduce.fused_kernel("float32", "float16"): 64,
     all_reduce.fused_kernel("bfloat16", "bfloat16"): 64,
-    # attention: blocks of 128 threads, two a multiprocessor at least
-    **dict.fromkeys(attention.kernels("float16", "float16", 64), 168),
-    **dict.fromkeys(attention.kernels("bfloat16", "int8", 64), 168),
-    **dict.fromkeys(attention.kernels("float16", "float16", 128), 255),
+    # attention: of decode two blocks of 128 threads a multiprocessor at least, of prefill one of 256
+    **dict.fromkeys(attention.kernels("float16", "float16", 64), 255),
     **dict.fromkeys(attention.kernels("bfloat16", "bfloat16", 128), 255),
-    **dict.fromkeys(attention.kernels("float16", "int8", 128), 255),
     **dict.fromkeys(attention.kernels("bfloat16", "int8", 128), 255),
+    **dict.fromkeys(attention.kernels("float16", "int8", 96), 255),
+    **dict.fromkeys(attention.kernels("bfloat16", "bfloat16", 192), 255),
+    **dict.fromkeys(attention.kernels("bfloat16", "int8", 256), 255),
+    attention.kernels("bfloat16", "bfloat16", 64)[0]: 168,
+    attention.kernels("bfloat16", "bfloat16", 256)[2]: 255,
 }

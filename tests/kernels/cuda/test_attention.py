@@ -15,7 +15,9 @@ from flm.kernels.errors import DTypeError, ShapeError
 from flm.kernels.reference import ReferenceBackend, ReferenceCache
 
 PAIRS = [(a, kv) for a in ACTIVATIONS for kv in (a, "int8")]
-WIDE = PAIRS[::3]  # the types that heads wider than 64 are tested with, and those wider than 128 with one of them
+WIDE = PAIRS[
+    ::3
+]  # the types that heads wider than 64 are tested with, and those wider than 128 with one of them
 SHAPES = [(9, 3, 64), (4, 4, 80), (8, 1, 128), (34, 2, 16), (3, 1, 24), (2, 1, 256), (4, 2, 184)]  # H, J, D
 SIZE, BLOCKS = 16, 16
 CASES = [

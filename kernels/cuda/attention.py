@@ -98,16 +98,15 @@ def paged_attention(
     """
     _check(q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, slopes_H)
     (T, H, D), (S, B), J = q_THD.shape, block_tables_SB.shape, cache.kv_heads
+    assert space.chunk % CHUNK_STEP == 0, space.chunk
     if not T:
         return
-    assert space.chunk % CHUNK_STEP == 0, space.chunk
     decode = space.rows >= T * H if decode is None else decode
     if decode and space.rows < T * H:
         raise ShapeError(f"a workspace of {T * H} rows expected, got {space.rows}")
     heads, split = H // J, decode or space.rows >= S * H
     splitting, combining, whole = kernels(q_THD.dtype.name, cache.dtype, D)
-    common = [q_THD, cache.k, cache.v, cache.k_scales, cache.v_scales]
-    common += [block_tables_SB, seq_index_T, positions_T]
+    common = [q_THD, *_parts(cache), block_tables_SB, seq_index_T, positions_T]
     sizes, factor = [T, H, J, D, B, cache.block_size, space.chunk], float(scale) * math.log2(math.e)
     if split:
         tiles, at_once = T * -(-heads // ROWS), DECODE_WARPS // (1 if D <= NARROW else 2)
@@ -126,6 +125,10 @@ def paged_attention(
         args = [*common, out_THD, slopes_H, *sizes, int(split), tokens, factor]
         memory = prefill_memory(D, cache.dtype)
         device.launch(whole, (J, -(-tiles // groups)), 32 * PREFILL_WARPS, args, memory)
+
+
+def _parts(cache: CudaCache) -> list[Array]:
+    return [cache.k, cache.v, cache.k_scales, cache.v_scales]
 
 
 def _check(

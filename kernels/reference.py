@@ -15,6 +15,7 @@ from flm.kernels.backend import HeadNorm, SamplingBatch
 from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.reference_adapters import ReferenceAdapterOps
 from flm.kernels.reference_classic import ReferenceClassicOps
 from flm.kernels.reference_experts import ReferenceExpertOps
 from flm.kernels.reference_latent import ReferenceLatentOps
@@ -66,7 +67,12 @@ class ReferenceCache:
 
 
 class ReferenceBackend(
-    HostMemory, ReferenceClassicOps, ReferenceExpertOps, ReferenceLatentOps, ReferenceRecurrentOps
+    HostMemory,
+    ReferenceAdapterOps,
+    ReferenceClassicOps,
+    ReferenceExpertOps,
+    ReferenceLatentOps,
+    ReferenceRecurrentOps,
 ):
     """The Backend protocol in NumPy. dtype: of the arithmetic, float32 or float64."""
 

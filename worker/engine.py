@@ -13,20 +13,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.cores import usable_cpus
+from flm.worker.adapter import AdapterSource
 from flm.worker.channel import NoFollowers, ThreadChannel
 from flm.worker.comm import LocalCommunicator, ThreadCommunicator
-from flm.worker.errors import DoesNotFit, InvalidRequest, RankFailed
+from flm.worker.errors import AdapterNotFound, DoesNotFit, InvalidRequest, RankFailed
 from flm.worker.paths import resolve_model_path
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
 from flm.worker.rank import GroupSpec, Rank
@@ -56,7 +58,8 @@ class Engine:
 
     path: a directory with safetensors, a .gguf file, or package:<distribution>. device: "cpu", or "reference" for
     plain NumPy. quantization: "auto" keeps the checkpoint's own. threads: for all ranks together, by default one per core.
-    Other keywords are those of GroupSpec. Raises FlmError before anything is kept when something is wrong.
+    adapters: LoRA adapters (name → directory), which SamplingParams choose from. Other keywords are those of GroupSpec. Raises
+    FlmError before anything is kept when something is wrong.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Engine:
         tensor_parallel: int = 1,
         quantization: str = "auto",
         threads: int | None = None,
+        adapters: Mapping[str, str | Path] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         if tensor_parallel < 1:
@@ -79,6 +83,7 @@ class Engine:
             tensor_parallel=tensor_parallel,
             quantization=quantization,
             threads=max(threads // tensor_parallel, 1),
+            adapters=tuple(AdapterSource(name, str(where)) for name, where in adapters.items()),
             **options,
         )
         self._ids = count()
@@ -206,7 +211,9 @@ class Engine:
             cached_tokens=last.cached_tokens,
         )
 
-    def logits(self, token_ids: Sequence[int], chunk: int | None = None) -> NDArray[np.float32]:
+    def logits(
+        self, token_ids: Sequence[int], chunk: int | None = None, adapter: str = ""
+    ) -> NDArray[np.float32]:
         """float32 [tokens, vocab]: the next-token logits after each token, computed `chunk` tokens at a time.
 
         For tests and scoring; call it while nothing is being generated, for the ranks run one step at a time.
@@ -214,12 +221,16 @@ class Engine:
         count, size, spec = len(token_ids), chunk or self.spec.max_step_tokens, self.spec
         if not 0 < count <= min(self.max_context, self.ranks[0].num_blocks * spec.block_size):
             raise InvalidRequest("token_ids", f"expected 1 to {self.max_context} tokens, got {count}")
+        if adapter and adapter not in self.ranks[0].model.adapters:
+            raise AdapterNotFound(adapter, self.ranks[0].model.adapters)
         with self.replica.borrow_blocks(-(-count // spec.block_size)) as blocks:
-            return self._logits([int(t) for t in token_ids], size, blocks)
+            return self._logits([int(t) for t in token_ids], size, blocks, SamplingParams(adapter=adapter))
 
-    def _logits(self, token_ids: list[int], size: int, blocks: list[int]) -> NDArray[np.float32]:
+    def _logits(
+        self, token_ids: list[int], size: int, blocks: list[int], params: SamplingParams
+    ) -> NDArray[np.float32]:
         slot, count, parts = self.spec.max_sequences - 1, len(token_ids), []
-        new = NewSequence(slot, token_ids, count, 0, blocks, SamplingParams())
+        new = NewSequence(slot, token_ids, count, 0, blocks, params)
         for start in range(0, count, size):
             item = Scheduled(slot, start, min(size, count - start))
             plan = StepPlan(0, [new] if start == 0 else [], [item], [])

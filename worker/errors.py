@@ -6,6 +6,8 @@ a status with google.rpc details. An error not in this tree is a bug of ours and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FlmError(Exception):
     """Base of all errors meant for users; `code` is the name of the gRPC status it maps to."""
@@ -63,6 +65,14 @@ class ModelNotFound(FlmError):
     def __init__(self, name: str, known: list[str]) -> None:
         served = ", ".join(sorted(known)) or "none"
         super().__init__(f"model {name!r} is not served here; served models: {served}")
+
+
+class AdapterNotFound(FlmError):
+    code = "NOT_FOUND"
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        served = ", ".join(sorted(known)) or "none"
+        super().__init__(f"adapter {name!r} is not served with this model; served adapters: {served}")
 
 
 class NotFound(FlmError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from flm.worker.errors import ConfigError, InvalidRequest
+from flm.worker.errors import AdapterNotFound, ConfigError, InvalidRequest
 from flm.worker.request import Request
 
 HANG_TIMEOUT = 10.0  # seconds in one step, unless a file says otherwise
@@ -21,6 +21,7 @@ class Limits:
     max_step_tokens: int = 512  # computed in one step, over all sequences
     max_queue: int = 256  # requests beyond those that can run at once
     max_context: int = 4096  # tokens, prompt and output together
+    adapters: tuple[str, ...] = ()  # that requests may name
 
     def __post_init__(self) -> None:
         lowest = {"max_sequences": 1, "max_step_tokens": 1, "max_queue": 0, "max_context": 2}
@@ -30,7 +31,10 @@ class Limits:
 
     def check(self, request: Request, vocab_size: int, context_limit: int) -> None:
         """InvalidRequest unless the request's ids are in the vocabulary and its context leaves room for at
-        least one token. `context_limit`: max_context, or less where the KV cache is smaller than that."""
+        least one token; AdapterNotFound. `context_limit`: max_context, or less where the KV cache is smaller than that."""
+        adapter = request.params.adapter
+        if adapter and adapter not in self.adapters:
+            raise AdapterNotFound(adapter, self.adapters)
         prompt, resumed = request.prompt_ids, request.resumed_ids
         for field, ids in (("prompt", prompt), ("resumed_ids", resumed)):
             if ids and (min(ids) < 0 or max(ids) >= vocab_size):

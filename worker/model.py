@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from flm.kernels.backend import Backend, KVCache, PackedMatrix
 from flm.kernels.latent_ops import LatentCache
 from flm.kernels.quant import QuantizedMatrix
+from flm.worker.adapter import Adapter
 from flm.worker.canonical import EMBEDDING_NORM, layer_prefix
 from flm.worker.comm import Communicator
 from flm.worker.config import ShardSpec
@@ -56,12 +57,15 @@ class Decoder:
         max_tokens: int,
         max_rows: int,
         pack: Callable[[QuantizedMatrix], PackedMatrix] | None = None,
+        adapters: tuple[Adapter, ...] = (),
     ) -> None:
-        """`positions`: of the longest sequence; `max_tokens`, `max_rows`: of a step, computed and sampled."""
+        """`positions`: of the longest sequence; `max_tokens`, `max_rows`: of a step, computed and sampled. Tokens name their
+        adapter by its place in `adapters`."""
         self.shard: ShardSpec = weights.shard
         self.backend, self.comm = backend, comm
         m, pack = weights.shard.model, pack or backend.pack
-        loading = Loading(weights, backend, Workspace(backend, max_tokens), pack)
+        self.adapters = tuple(adapter.name for adapter in adapters)
+        loading = Loading(weights, backend, Workspace(backend, max_tokens), pack, adapters)
         self.embedding = pack(weights.embedding)
         head = weights.lm_head
         self.lm_head = self.embedding if head is None else pack(head)

@@ -12,6 +12,7 @@ from typing import cast
 
 from flm.kernels.backend import Backend
 from flm.kernels.errors import DeviceMemoryFull, KernelError
+from flm.worker.adapter import AdapterSource, open_adapters
 from flm.worker.blocks import BlockPool
 from flm.worker.caches import block_bytes, kv_blocks_for, kv_dtype, make_caches
 from flm.worker.channel import (
@@ -54,6 +55,7 @@ class GroupSpec:
     threads: int = 1  # per rank
     hang_timeout: float = HANG_TIMEOUT
     run_dir: str = ""  # sockets and shared memory of this start of the group; empty for one rank
+    adapters: tuple[AdapterSource, ...] = ()
     capture: bool = True  # False: every op of every step runs eagerly, for comparison
 
 
@@ -69,7 +71,9 @@ class Rank:
     def load(self, on_progress: Callable[[float], None]) -> None:
         """Read this rank's weights into the backend's layout; on_progress gets 0 to 1. Raises FlmError."""
         spec = self.spec
-        self.checkpoint: Checkpoint = open_checkpoint(resolve_model_path(spec.path))
+        path = resolve_model_path(spec.path)
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self._adapters = open_adapters(spec.adapters, path, self.checkpoint.config)
         self.shard = shard_spec(
             self.checkpoint, spec.tensor_parallel, self.rank, spec.quantization, spec.expert_parallel
         )
@@ -106,6 +110,7 @@ class Rank:
             positions=self.max_context,
             max_tokens=max(self._step_tokens, spec.max_sequences),
             max_rows=spec.max_sequences,
+            adapters=self._adapters,
         )
 
     @property
@@ -160,7 +165,8 @@ class Rank:
         if self.rank > 0:
             self._channel = channel  # type: ignore[assignment]
             return
-        limits = Limits(spec.max_sequences, self._step_tokens, spec.max_queue, self.max_context)
+        names = tuple(source.name for source in spec.adapters)
+        limits = Limits(spec.max_sequences, self._step_tokens, spec.max_queue, self.max_context, names)
         pool = BlockPool(self.num_blocks, spec.block_size)
         config = self.checkpoint.config
         scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config)

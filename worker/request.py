@@ -28,7 +28,8 @@ class SamplingParams:
 
     temperature 0 is greedy, and so is all below 1e-5, where float32 logits cannot be divided. top_k 0, top_p 1 and min_p 0 switch these filters off. Penalties are those of
     the OpenAI API (presence, frequency) and of CTRL, arXiv:1909.05858 (repetition). `logprobs` None: none;
-    k: the chosen token's and those of the k most likely tokens.
+    k: the chosen token's and those of the k most likely tokens. `adapter`: the name of the adapter that the model runs with,
+    empty for none.
     """
 
     max_tokens: int = 256
@@ -43,6 +44,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         for name, low, high, closed in _RANGES:

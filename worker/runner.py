@@ -8,6 +8,7 @@ Shape legend: T tokens of the step, S rows to sample, B blocks per sequence, N t
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,11 @@ Array = Any
 class SlotState:
     """What one rank knows of one running sequence."""
 
-    def __init__(self, new: NewSequence, max_context: int) -> None:
+    def __init__(self, new: NewSequence, max_context: int, adapter: int = -1) -> None:
         self.tokens: NDArray[np.int32] = np.empty(max_context + 1, np.int32)
         self.count = 0
         self.blocks = 0
+        self.adapter = adapter  # its number, -1 for none
         self.positions: Any = None  # what the runner's step positions know of it
         self.row = SamplingRow(new.params, new.token_ids, new.num_prompt)
         self._extend(new.token_ids)
@@ -67,9 +69,11 @@ class Runner:
         self._tables_SB: NDArray[np.int32] = int32(max_sequences, blocks)
         self._ids_T, self._positions_T = int32(max_tokens), int32(max_tokens)
         self._slots_T, self._sequence_T = int32(max_tokens), int32(max_tokens)
+        self._adapter_T = int32(max_tokens) - 1
+        self._adapted = False  # whether a token of this step has an adapter
         self._rows_S = int32(max_sequences)
         self._sampled_S = backend.empty((max_sequences,), np.int32)
-        self._graphs: dict[tuple[int, bool], tuple[Graph, Array]] = {}  # by tokens, greedy
+        self._graphs: dict[tuple[int, bool, bool], tuple[Graph, Array]] = {}  # by tokens, greedy, adapted
         self._sizes = backend.decode_sizes(max_sequences) if capture else ()
         self._positions = step_positions(model.shard.model.attention, max_tokens)
         self._staged = backend.staged(self._host_arrays(), self._tables_SB)
@@ -83,6 +87,8 @@ class Runner:
             "sequences": self._sequence_T,
             "rows": self._rows_S,
         }
+        if self.model.adapters:
+            arrays["adapters"] = self._adapter_T
         own = self._positions
         if own is not None:
             tables: dict[str, NDArray[Any] | None] = {
@@ -106,8 +112,8 @@ class Runner:
         self._staged.push()
         for count in {min(2 * rows + 1, tokens), tokens}:  # prompts
             self._logits(count, min(rows, count), True)
-        for size in self._sizes:
-            for greedy in (True, False):
+        for self._adapted in (True, False) if self.model.adapters else (False,):
+            for size, greedy in product(self._sizes, (True, False)):
                 graph, _ = self._captured(size, greedy)
                 for _ in range(2):  # the first compiles, the second may be made into one launch
                     graph.replay()
@@ -116,6 +122,7 @@ class Runner:
         """Carry out one plan; a StepResult on the leader, None on the others."""
         self._apply(plan)
         tokens = self._fill(plan.scheduled)
+        self._fill_adapters(plan.scheduled)
         items = [item for item in plan.scheduled if item.sample]
         greedy = self.leader and all(self.slots[item.slot].row.plain_greedy for item in items)
         logits_SV = self._forward(plan, tokens, len(items), greedy)
@@ -127,6 +134,7 @@ class Runner:
         """float32 [T, vocab]: the logits of every token that the plan computes."""
         self._apply(plan)
         tokens = self._fill(plan.scheduled)
+        self._fill_adapters(plan.scheduled)
         self._staged.push()
         h_TE = self.model.hidden(self._inputs(tokens))
         step = len(self._rows_S)
@@ -140,7 +148,9 @@ class Runner:
         for slot in plan.finished:
             self.slots.pop(slot, None)
         for new in plan.new:
-            self.slots[new.slot] = state = SlotState(new, self.max_context)
+            name = new.params.adapter
+            adapter = self.model.adapters.index(name) if name else -1
+            self.slots[new.slot] = state = SlotState(new, self.max_context, adapter)
             if self._positions is not None:
                 state.positions = self._positions.request(new.token_ids[: new.num_prompt])
             self._extend_table(new.slot, new.block_table)
@@ -175,6 +185,17 @@ class Runner:
             t += n
         return t
 
+    def _fill_adapters(self, scheduled: list[Scheduled]) -> None:
+        """Write each token's adapter, where the model has any."""
+        if not self.model.adapters:
+            return
+        t, self._adapted = 0, False
+        for item in scheduled:
+            adapter = self.slots[item.slot].adapter
+            self._adapter_T[t : t + item.num_tokens] = adapter
+            self._adapted |= adapter >= 0
+            t += item.num_tokens
+
     def _inputs(self, tokens: int) -> StepInputs:
         arrays = self._staged.arrays
         first = lambda name: arrays[name][:tokens] if name in arrays else None
@@ -190,6 +211,7 @@ class Runner:
             first("cos"),
             first("sin"),
             first("q_scale"),
+            first("adapters") if self._adapted else None,
         )
 
     def _forward(self, plan: StepPlan, tokens: int, rows: int, greedy: bool) -> Array:
@@ -233,10 +255,10 @@ class Runner:
     def _pad(self, tokens: int, size: int) -> None:
         """Rows that store nothing and attend to nothing."""
         self._ids_T[tokens:size] = self._positions_T[tokens:size] = 0
-        self._slots_T[tokens:size] = self._sequence_T[tokens:size] = -1
+        self._slots_T[tokens:size] = self._sequence_T[tokens:size] = self._adapter_T[tokens:size] = -1
 
     def _captured(self, tokens: int, greedy: bool) -> tuple[Graph, Array]:
-        key = tokens, greedy
+        key = tokens, greedy, self._adapted
         if key not in self._graphs:
             with self.backend.capture() as graph:
                 logits_SV = self._logits(tokens, None, greedy)

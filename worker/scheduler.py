@@ -84,7 +84,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------ requests
 
     def add(self, request: Request, now: float) -> None:
-        """Queue a request. InvalidRequest where it can never run here, Overloaded where the queue is full."""
+        """Queue a request. InvalidRequest, AdapterNotFound where it can never run here, Overloaded in a full queue."""
         if request.request_id in self._live:
             raise InvalidRequest("request_id", f"{request.request_id!r} is already running")
         self.limits.check(request, self._vocab_size, self.context_limit)
@@ -99,7 +99,11 @@ class Scheduler:
         sequence = Sequence(
             request,
             [*request.prompt_ids, *request.resumed_ids],
-            BlockTable(self.pool, request.cache_salt + self._rules.cache_key(request.prompt_ids)),
+            BlockTable(
+                self.pool,
+                request.cache_salt + self._rules.cache_key(request.prompt_ids),
+                request.params.adapter,
+            ),
             precedence=(-request.priority, self._arrivals),
             arrived=now,
             max_length=min(len(request.prompt_ids) + request.params.max_tokens, self.context_limit),

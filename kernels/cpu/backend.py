@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import HeadNorm, SamplingBatch
+from flm.kernels.cpu.adapter_calls import AdapterCalls
 from flm.kernels.cpu.arrays import (
     I32,
     CpuCache,
@@ -39,7 +40,7 @@ Array = NDArray[Any]
 TILE_ROWS = 24  # query rows of one attention task
 
 
-class CpuBackend(HostMemory, ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
+class CpuBackend(HostMemory, AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
     """threads: how many this backend's ops may use. One thread at a time may call it."""
 
     activation = np.float32

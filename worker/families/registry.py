@@ -29,6 +29,8 @@ FAMILIES = (
     LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,
     MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE, RWKV,
 )  # fmt: skip
+# GGUF's names of architectures that are called otherwise here
+_GGUF_NAMES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
 
 
 def read_config(directory: Path) -> tuple[ModelConfig, Family]:
@@ -47,6 +49,15 @@ def read_gguf(file: GGUFFile) -> tuple[ModelConfig, Family]:
     """The decoder that a GGUF file's metadata describes. Raises CheckpointError."""
     config = gguf.read_config(file)
     return hub.validated(config, Fields(file.path, {})), gguf.family(config)
+
+
+def family_of(path: Path, config: ModelConfig) -> Family:
+    """How the code that the model was published with names its modules, for a directory or a GGUF file."""
+    if path.is_dir():
+        return read_config(path)[1]
+    name = _GGUF_NAMES.get(config.family, config.family)
+    same = (family for family in FAMILIES if family.name == name)
+    return next(same, Family(name, (), lambda fields: config))
 
 
 def _family(fields: Fields) -> Family:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flm.kernels.backend import Backend, HeadNorm, KVCache
+from flm.worker.layers.adapted import Adapted
 from flm.worker.layers.loading import Loading, StepInputs
 from flm.worker.positions import alibi_slopes, logn_scales
 from flm.worker.rope import rope_tables
@@ -47,6 +48,8 @@ class Attention:
         self.qkv_bias = loading.vector(w.fused_bias(prefix, parts))
         self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, s.value_cols))
         self.output_bias = loading.vector(w.bias_once(prefix + "o_proj.bias"))
+        self._adapted_qkv = Adapted(loading, prefix, parts)
+        self._adapted_output = Adapted(loading, prefix, [("o_proj", s.value_cols)])
         self._head_norm: HeadNorm | None = None
         if a.qk_norm:
             q_D, k_D = (loading.vector(w.vector(f"{prefix}{name}.weight")) for name in ("q_norm", "k_norm"))
@@ -62,6 +65,7 @@ class Attention:
         qkv_TC, q_THD, out_THD = self._qkv_TC[:T], self._q_THD[:T], self._out_THD[:T]
         cos_PR, sin_PR, q_scale_P = self._rotary.tables(inputs)
         ops.linear(h_TE, self.qkv, qkv_TC, self.qkv_bias)
+        self._adapted_qkv.add(h_TE, qkv_TC, inputs)
         ops.rope_kv_write(
             qkv_TC, rows_T, inputs.slots_T, cos_PR, sin_PR, self._cache, q_THD, self._head_norm, q_scale_P
         )
@@ -76,3 +80,4 @@ class Attention:
             self._rotary.slopes_H,
         )
         ops.linear(out_THD.reshape(T, -1), self.output, delta_TE, self.output_bias)
+        self._adapted_output.add(out_THD.reshape(T, -1), delta_TE, inputs)

@@ -11,6 +11,7 @@ from flm.kernels.backend import Backend
 from flm.kernels.classic_ops import ClassicOps
 from flm.worker.config import Span
 from flm.worker.errors import BackendUnavailable
+from flm.worker.layers.adapted import Adapted
 from flm.worker.layers.loading import Loading, StepInputs
 
 Array = Any
@@ -31,6 +32,8 @@ class FeedForward:
         self.gate_up_bias = loading.vector(w.fused_bias(prefix, parts))
         self.down = loading.pack(w.matrix(prefix + "down_proj.weight", None, span))
         self.down_bias = loading.vector(w.bias_once(prefix + "down_proj.bias"))
+        self._adapted_gate_up = Adapted(loading, prefix, parts)
+        self._adapted_down = Adapted(loading, prefix, [("down_proj", span)])
         self._gate_up_TC = loading.workspace.array("gate_up", len(parts) * span.size)
         self._act_TF = loading.workspace.array("act", span.size)
 
@@ -39,8 +42,10 @@ class FeedForward:
         ops, T = self._ops, len(h_TE)
         gate_up_TC, act_TF = self._gate_up_TC[:T], self._act_TF[:T]
         ops.linear(h_TE, self.gate_up, gate_up_TC, self.gate_up_bias)
+        self._adapted_gate_up.add(h_TE, gate_up_TC, inputs)
         if self._gated:
             ops.silu_mul(gate_up_TC, act_TF)
         else:
             cast(ClassicOps, ops).gelu(gate_up_TC, act_TF)
         ops.linear(act_TF, self.down, delta_TE, self.down_bias, self._accumulate)
+        self._adapted_down.add(act_TF, delta_TE, inputs)

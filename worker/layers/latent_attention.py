@@ -17,8 +17,10 @@ import numpy as np
 from flm.kernels.backend import Backend
 from flm.kernels.latent_ops import LatentCache, LatentOps
 from flm.kernels.quant import QuantizedMatrix, from_float
+from flm.worker.config import Span
 from flm.worker.config_parts import LatentConfig
 from flm.worker.errors import BackendUnavailable
+from flm.worker.layers.adapted import Adapted
 from flm.worker.layers.attention import Rotary
 from flm.worker.layers.loading import Loading, StepInputs
 
@@ -49,6 +51,15 @@ class LatentAttention:
             parts = _keys(both, c, heads), _values(both, c, heads)
         self.key, self.value = (self._ops.pack_heads(part) for part in parts)
         self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, shard.value_cols))
+        self._adapted = {
+            name: Adapted(loading, prefix, [(name, span)])
+            for name, span in (
+                ("q_a_proj", Span(0, c.query_rank)),
+                ("q_proj", shard.q_rows),
+                ("kv_a_proj", Span(0, c.cached)),
+                ("o_proj", shard.value_cols),
+            )
+        }
         array = loading.workspace.array
         self._query_TQ, self._kv_TC = array("query_latent", c.query_rank or 1), array("latent", c.cached)
         self._q_THC = array("latent_q", heads, c.plain + c.rotary)
@@ -66,8 +77,9 @@ class LatentAttention:
         plain_THN, rope_THD = self._plain_THN[:T], self._rope_THD[:T]
         q_THL, out_THL = self._q_THL[:T], self._out_THL[:T]
         cos_PR, sin_PR, _ = self._rotary.tables(inputs)
-        self._queries(h_TE, q_THC.reshape(T, -1))
+        self._queries(h_TE, q_THC.reshape(T, -1), inputs)
         self._backend.linear(h_TE, self.latent, kv_TC)
+        self._adapted["kv_a_proj"].add(h_TE, kv_TC, inputs)
         ops.latent_rope_write(
             q_THC,
             kv_TC,
@@ -88,15 +100,17 @@ class LatentAttention:
         )
         ops.linear_heads(out_THL, self.value, values_THM)
         self._backend.linear(values_THM.reshape(T, -1), self.output, delta_TE)
+        self._adapted["o_proj"].add(values_THM.reshape(T, -1), delta_TE, inputs)
 
-    def _queries(self, h_TE: Array, q_TC: Array) -> None:
-        if self.query_a is None:
-            self._backend.linear(h_TE, self.query, q_TC)
-            return
-        latent_TQ = self._query_TQ[: len(h_TE)]
-        self._backend.linear(h_TE, self.query_a, latent_TQ)
-        self._backend.rms_norm(latent_TQ, self.query_norm, self._config.norm_eps, latent_TQ)
-        self._backend.linear(latent_TQ, self.query, q_TC)
+    def _queries(self, h_TE: Array, q_TC: Array, inputs: StepInputs) -> None:
+        x_TK = h_TE
+        if self.query_a is not None:
+            x_TK = self._query_TQ[: len(h_TE)]
+            self._backend.linear(h_TE, self.query_a, x_TK)
+            self._adapted["q_a_proj"].add(h_TE, x_TK, inputs)
+            self._backend.rms_norm(x_TK, self.query_norm, self._config.norm_eps, x_TK)
+        self._backend.linear(x_TK, self.query, q_TC)
+        self._adapted["q_proj"].add(x_TK, q_TC, inputs)
 
 
 def latent_ops(backend: Backend) -> LatentOps:

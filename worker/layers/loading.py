@@ -11,6 +11,7 @@ from typing import Any
 
 from flm.kernels.backend import Backend, PackedMatrix
 from flm.kernels.quant import QuantizedMatrix
+from flm.worker.adapter import Adapter
 from flm.worker.config import ShardSpec
 from flm.worker.weights import ModelWeights
 
@@ -42,6 +43,7 @@ class Loading:
     backend: Backend
     workspace: Workspace
     pack: Callable[[QuantizedMatrix], PackedMatrix]
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def shard(self) -> ShardSpec:
@@ -57,7 +59,8 @@ class StepInputs:
     """Device arrays of one step, int32: ids_T, positions_T, slots_T (cache slot each token is written to), sequence_T
     (row of block_tables_SB), block_tables_SB (block numbers of every known sequence), last_visible_T (the last position
     of its sequence that a token sees) and rotary_rows_T (the row of the rotary tables that it turns by). cos_TR, sin_TR
-    and q_scale_T (float32): this step's own tables, None where the model's serve."""
+    and q_scale_T (float32): this step's own tables, None where the model's serve. adapter_T: the number of each token's
+    adapter, -1 for none; None where no token has one."""
 
     ids_T: Array
     positions_T: Array
@@ -69,3 +72,4 @@ class StepInputs:
     cos_TR: Array | None = None
     sin_TR: Array | None = None
     q_scale_T: Array | None = None
+    adapter_T: Array | None = None

@@ -40,6 +40,8 @@ class ReferenceAdapterOps(ReferenceOps):
                 for f in adapters.adapters[number] if number >= 0 else ():
                     down, up = (m.dequantize().astype(self.dtype) for m in (f.down, f.up))
                     start, stop = f.columns
-                    out_TN[t, start:stop] += up @ (down @ x_TK[t].astype(self.dtype) * self.dtype.type(f.scale))
+                    out_TN[t, start:stop] += up @ (
+                        down @ x_TK[t].astype(self.dtype) * self.dtype.type(f.scale)
+                    )
 
         self._do(call)

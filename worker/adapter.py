@@ -130,7 +130,9 @@ def _open(source: AdapterSource, model: Path, config: ModelConfig, modules: dict
 
 
 def _warn_of_another_base(adapter: Adapter, model: Path) -> None:
-    said, found = (path.rstrip("/").rpartition("/")[2].lower() for path in (adapter.settings.base, str(model)))
+    said, found = (
+        path.rstrip("/").rpartition("/")[2].lower() for path in (adapter.settings.base, str(model))
+    )
     if said not in found and found not in said:
         log.warning(
             "adapter %s was trained on %s; it is served with %s, whose shapes it fits",

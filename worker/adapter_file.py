@@ -87,13 +87,17 @@ def factors_of(
     for tensor in file.tensors:
         match = _TENSOR.fullmatch(tensor)
         if match is None:
-            raise fail(f"tensor {tensor!r} is no factor (lora_A or lora_B) of a matrix; adapters have no others")
+            raise fail(
+                f"tensor {tensor!r} is no factor (lora_A or lora_B) of a matrix; adapters have no others"
+            )
         found.setdefault(match[1], {})[match[2]] = tensor
     if not found:
         raise fail("holds no factors (lora_A and lora_B)")
     for name, pair in found.items():
         if name not in modules:
-            raise fail(f"module {name!r} is not in the base model; adapted ones can be {_known(modules, config)}")
+            raise fail(
+                f"module {name!r} is not in the base model; adapted ones can be {_known(modules, config)}"
+            )
         if why := why_not(modules[name], config):
             raise fail(f"module {name!r}: {why}")
         for kind in "AB":

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flm.worker.adapter_convert import convert_adapter, is_adapter
 from flm.worker.calibration import input_weights
 from flm.worker.checkpoint import open_checkpoint, open_pickles
 from flm.worker.errors import ConfigError
@@ -55,7 +56,7 @@ def convert(
     expert_parallel: bool = False,
     calibrate: bool = False,
 ) -> None:
-    """Convert the directory `source` into the new directory `target`.
+    """Convert the directory `source`, a model or a LoRA adapter, into the new directory `target`.
 
     quantization: as in cluster.yaml. tensor_parallel: 0 for weights that any number of ranks can load, else one file for
     each of that many ranks, with expert_parallel as in cluster.yaml. on_progress gets 0 to 1. calibrate: run the model first, to
@@ -66,6 +67,14 @@ def convert(
         raise ConfigError("a number of ranks expected", field="tensor_parallel")
     if target.exists():
         raise ConfigError(f"{target} exists already; name a new directory", field="target")
+    if is_adapter(source):
+        if quantization != "auto" or tensor_parallel or calibrate:
+            raise ConfigError(
+                "auto expected, for any number of ranks: adapters are kept as they are", field="quantization"
+            )
+        with _appearing(target) as partial:
+            convert_adapter(source, partial, on_progress)
+        return
     pickled = not any(source.glob("*.safetensors"))
     checkpoint = open_pickles(source) if pickled else open_checkpoint(source)
     weights = _calibrated(source, pickled, quantization, tensor_parallel) if calibrate else {}

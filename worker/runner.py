@@ -112,11 +112,11 @@ class Runner:
         self._staged.push()
         for count in {min(2 * rows + 1, tokens), tokens}:  # prompts
             self._logits(count, min(rows, count), True)
-        for self._adapted in (True, False) if self.model.adapters else (False,):
-            for size, greedy in product(self._sizes, (True, False)):
-                graph, _ = self._captured(size, greedy)
-                for _ in range(2):  # the first compiles, the second may be made into one launch
-                    graph.replay()
+        adapted = (False, True) if self.model.adapters else (False,)
+        for self._adapted, size, greedy in product(adapted, self._sizes, (True, False)):
+            graph, _ = self._captured(size, greedy)
+            for _ in range(2):  # the first compiles, the second may be made into one launch
+                graph.replay()
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Carry out one plan; a StepResult on the leader, None on the others."""

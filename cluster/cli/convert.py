@@ -9,7 +9,12 @@ import typer
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory with config.json and weights.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC", help="A directory with config.json and weights, or with a LoRA adapter."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write; it must not exist.")],
     quantization: Annotated[
         str, typer.Option(help="As in cluster.yaml: auto, int8, int4, int4:group=128, bf16, fp16 or fp32.")
@@ -32,16 +37,19 @@ def convert(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+    from flm.worker.adapter_convert import is_adapter
     from flm.worker.convert import convert as run
     from flm.worker.paths import resolve_model_path
 
+    path = Path(source).expanduser()
+    found = path if is_adapter(path) else resolve_model_path(source)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(f"Converting to {target}", total=1.0)
         report = lambda fraction: bars.update(task, completed=fraction)
         run(
-            resolve_model_path(source),
+            found,
             target,
             quantization,
             tensor_parallel,

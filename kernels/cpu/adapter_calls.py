@@ -73,7 +73,7 @@ class AdapterCalls(Emitter):
         self, x_TK: Array, adapters: CpuAdapters, adapter_T: Array, room_TW: Array, out_TN: Array
     ) -> None:
         (T, N), (count, P, _) = columns("out", out_TN), adapters.table.shape
-        if N < adapters.stop:
+        if adapters.stop > N:
             raise ShapeError(f"out: at least {adapters.stop} columns expected, got {N}")
         x, out = check("x", x_TK, (T, adapters.inputs)), check("out", out_TN, (T, N))
         numbers = check("adapter", adapter_T, (T,), I32)

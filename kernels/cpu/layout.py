@@ -3,7 +3,11 @@
 CHUNK = 48  # tokens that share one converted tile: accumulators, tile and x stay in the first-level cache
 TABLE_WIDTH = 16  # int64 words of a matrix in the tables of segments.py
 LOCAL = 256  # bytes of a program row, at the start of a worker's area
-ADAPTER_WIDTH, ADAPTER_CHUNK, ADAPTER_PANELS = 12, 24, 4  # words of a factor's entry; tokens and panels of a task
+ADAPTER_WIDTH, ADAPTER_CHUNK, ADAPTER_PANELS = (
+    12,
+    24,
+    4,
+)  # words of a factor's entry; tokens and panels of a task
 
 
 def plan_words(tokens: int, slots: int, experts: int) -> int:

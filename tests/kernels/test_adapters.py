@@ -28,7 +28,10 @@ def matrix(rng, rows, cols, format="float32"):
 
 def adapters_of(rng):
     return [
-        [Factors(matrix(rng, r, INPUTS, kind), matrix(rng, n, r, kind), 1.7, start) for r, start, n, kind in parts]
+        [
+            Factors(matrix(rng, r, INPUTS, kind), matrix(rng, n, r, kind), 1.7, start)
+            for r, start, n, kind in parts
+        ]
         for parts in ADAPTERS
     ]
 
@@ -85,7 +88,11 @@ def test_wrong_arguments(cpu, rng):
     with pytest.raises(UnsupportedFormat, match="float32"):
         Factors(quantize(np.ones((4, 32), np.float32), "int8"), matrix(rng, 20, 4), 1.0)
     factors = Factors(matrix(rng, 4, 16), matrix(rng, 20, 4), 1.0, 3)
-    packed, numbers, room = cpu.pack_adapters([[factors]]), np.zeros(2, np.int32), np.zeros((2, 16), np.float32)
+    packed, numbers, room = (
+        cpu.pack_adapters([[factors]]),
+        np.zeros(2, np.int32),
+        np.zeros((2, 16), np.float32),
+    )
     with pytest.raises(ShapeError, match="23 columns"):
         cpu.adapt(np.zeros((2, 16), np.float32), packed, numbers, room, np.zeros((2, 22), np.float32))
     with pytest.raises(ShapeError, match="x: "):

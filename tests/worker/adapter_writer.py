@@ -34,7 +34,13 @@ def write_adapter(directory: Path, factors: Factors, **fields: Any) -> Path:
     """fields: of adapter_config.json, beside r and lora_alpha."""
     directory.mkdir()
     rank = max(len(a) for a, _ in factors.values())
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "bias": "none", "use_dora": False} | fields
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "bias": "none",
+        "use_dora": False,
+    } | fields
     (directory / "adapter_config.json").write_text(json.dumps(config))
     tensors = {}
     for module, (a, b) in factors.items():

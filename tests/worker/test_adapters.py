@@ -64,7 +64,9 @@ def test_against_an_independent_model_with_merged_weights(tmp_path: Path) -> Non
             assert relative(engine.logits(ids, adapter="a"), want) < 2e-4
             assert relative(engine.logits(ids), plain) < 2e-4
             np.testing.assert_array_equal(engine.logits(ids, 5, "a"), engine.logits(ids, adapter="a"))
-            with pytest.raises(AdapterNotFound, match="'b' is not served with this model; served adapters: a"):
+            with pytest.raises(
+                AdapterNotFound, match="'b' is not served with this model; served adapters: a"
+            ):
                 engine.logits(ids, adapter="b")
 
 
@@ -74,7 +76,13 @@ def test_modules_of_every_kind_under_their_own_names(
 ) -> None:
     factors = random_factors(model, ranks, seed=1)
     adapter = write_adapter(
-        tmp_path / "a", factors, r=9, lora_alpha=5, use_rslora=True, rank_pattern=ranks, base_model_name_or_path="x/y"
+        tmp_path / "a",
+        factors,
+        r=9,
+        lora_alpha=5,
+        use_rslora=True,
+        rank_pattern=ranks,
+        base_model_name_or_path="x/y",
     )
     scales = {name: 5 / np.sqrt(rank) for name, rank in ranks.items()}
     ids = ids_of(model)
@@ -102,7 +110,9 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 def test_a_batch_of_adapters_gives_every_sequence_what_it_gets_alone(three: Engine) -> None:
     prompts = [[3 + n, 5, 9, 4, 7] * 4 for n in range(8)]
     each = [
-        SamplingParams(max_tokens=10, temperature=n % 2 * 0.9, seed=n, ignore_eos=True, adapter=name, logprobs=0)
+        SamplingParams(
+            max_tokens=10, temperature=n % 2 * 0.9, seed=n, ignore_eos=True, adapter=name, logprobs=0
+        )
         for n, name in enumerate(["", "a", "b", "c", "", "c", "b", "a"])
     ]
     alone = [three.generate([prompt], params)[0] for prompt, params in zip(prompts, each, strict=True)]
@@ -115,7 +125,10 @@ def test_a_batch_of_adapters_gives_every_sequence_what_it_gets_alone(three: Engi
 
 def test_the_prefix_cache_keeps_adapters_apart(three: Engine) -> None:
     prompt = [11, 12, 13, 14] * 12
-    params = {name: SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, adapter=name) for name in ("", "a", "b")}
+    params = {
+        name: SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, adapter=name)
+        for name in ("", "a", "b")
+    }
     first = {name: three.generate([prompt], params[name])[0] for name in params}
     assert [done.cached_tokens for done in first.values()] == [0, 0, 0]
     again = {name: three.generate([prompt], params[name])[0] for name in params}
@@ -141,7 +154,9 @@ def test_a_resumed_and_a_preempted_sequence_keep_their_adapter(three: Engine, tm
 
 
 def test_an_unknown_adapter_is_refused_by_name(three: Engine) -> None:
-    with pytest.raises(AdapterNotFound, match="'poet' is not served with this model; served adapters: a, b, c"):
+    with pytest.raises(
+        AdapterNotFound, match="'poet' is not served with this model; served adapters: a, b, c"
+    ):
         three.generate([[3, 4]], SamplingParams(adapter="poet"))
     assert AdapterNotFound.code == "NOT_FOUND"
 
@@ -150,7 +165,10 @@ def test_steps_without_adapters_are_the_plain_program(three: Engine) -> None:
     """Where no token of a step has an adapter, nothing of adapters is run."""
     with tiny("llama31", quantization="int8:group=16") as plain:
         greedy = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
-        assert plain.generate([[3, 4, 5]], greedy)[0].token_ids == three.generate([[3, 4, 5]], greedy)[0].token_ids
+        assert (
+            plain.generate([[3, 4, 5]], greedy)[0].token_ids
+            == three.generate([[3, 4, 5]], greedy)[0].token_ids
+        )
         rows = len(plain.ranks[0].runner._graphs[1, True, False][0])  # type: ignore[arg-type]
     graphs = three.ranks[0].runner._graphs
     assert len(graphs[1, True, False][0]) == rows  # type: ignore[arg-type]

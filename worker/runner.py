@@ -113,7 +113,8 @@ class Runner:
         for count in {min(2 * rows + 1, tokens), tokens}:  # prompts
             self._logits(count, min(rows, count), True)
         adapted = (False, True) if self.model.adapters else (False,)
-        for self._adapted, size, greedy in product(adapted, self._sizes, (True, False)):
+        for with_adapters, size, greedy in product(adapted, self._sizes, (True, False)):
+            self._adapted = with_adapters
             graph, _ = self._captured(size, greedy)
             for _ in range(2):  # the first compiles, the second may be made into one launch
                 graph.replay()

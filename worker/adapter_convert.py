@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flm.worker.adapter_config import CONFIG_NAME
 from flm.worker.adapter_file import PICKLE_NAME, WEIGHTS_NAME
+from flm.worker.paths import resolve_model_path
 from flm.worker.pickle_file import PickleFile
 from flm.worker.safetensors_writer import SafetensorsWriter
 
@@ -15,6 +16,12 @@ from flm.worker.safetensors_writer import SafetensorsWriter
 def is_adapter(directory: Path) -> bool:
     """Whether it holds an adapter rather than a model."""
     return (directory / CONFIG_NAME).is_file() and not (directory / "config.json").is_file()
+
+
+def resolve_source(source: str) -> Path:
+    """The adapter's directory, or the model, that `source` means. Raises CheckpointError where it is neither."""
+    path = Path(source).expanduser()
+    return path if is_adapter(path) else resolve_model_path(source)
 
 
 def convert_adapter(source: Path, target: Path, on_progress: Callable[[float], None]) -> None:

@@ -37,19 +37,16 @@ def convert(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from flm.worker.adapter_convert import is_adapter
+    from flm.worker.adapter_convert import resolve_source
     from flm.worker.convert import convert as run
-    from flm.worker.paths import resolve_model_path
 
-    path = Path(source).expanduser()
-    found = path if is_adapter(path) else resolve_model_path(source)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
         task = bars.add_task(f"Converting to {target}", total=1.0)
         report = lambda fraction: bars.update(task, completed=fraction)
         run(
-            found,
+            resolve_source(source),
             target,
             quantization,
             tensor_parallel,

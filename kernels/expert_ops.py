@@ -86,11 +86,12 @@ class ExpertOps(Protocol):
         ids_TK: Array,
         weights_TK: Array,
         counts_N: Array | None = None,
+        seq_index_T: Array | None = None,
     ) -> None:
         """Choose each token's experts, the best first (int32), and their weights (float32).
 
         bias_N is added to the scores for the choice alone, not for the weights. counts_N (int64) grows by the number of
-        tokens that chose each expert.
+        tokens that chose each expert. seq_index (int32): -1: a padding token, which has no experts: ids -1, weights 0.
         """
         ...
 

@@ -56,6 +56,7 @@ class ReferenceExpertOps(ReferenceOps):
         ids_TK: Array,
         weights_TK: Array,
         counts_N: Array | None = None,
+        seq_index_T: Array | None = None,
     ) -> None:
         def call() -> None:
             scores_TN = _scores(logits_TN.astype(self.dtype), routing)
@@ -65,9 +66,11 @@ class ReferenceExpertOps(ReferenceOps):
             weights = np.take_along_axis(scores_TN, ids, axis=1)
             if routing.normalize:
                 weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
-            ids_TK[...], weights_TK[...] = ids, weights * routing.scale
+            real_T = np.ones(len(ids), bool) if seq_index_T is None else seq_index_T >= 0
+            ids_TK[...] = np.where(real_T[:, None], ids, -1)
+            weights_TK[...] = np.where(real_T[:, None], weights * routing.scale, 0)
             if counts_N is not None:
-                counts_N[...] += np.bincount(ids.reshape(-1), minlength=routing.experts)
+                counts_N[...] += np.bincount(ids[real_T].reshape(-1), minlength=routing.experts)
 
         self._do(call)
 

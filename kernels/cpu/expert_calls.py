@@ -74,6 +74,7 @@ class ExpertCalls(Emitter):
         ids_TK: Array,
         weights_TK: Array,
         counts_N: Array | None = None,
+        seq_index_T: Array | None = None,
     ) -> None:
         self._load_expert_ops()
         T, N, K = columns("logits", logits_TN)[0], routing.experts, routing.top_k
@@ -84,8 +85,9 @@ class ExpertCalls(Emitter):
         row = [check("logits", logits_TN, (T, N)), T, N, K, int(routing.score == "sigmoid"), bias]
         row += [routing.groups, routing.groups_kept, int(routing.pair_score), int(routing.normalize)]
         row += [float_bits(routing.scale), check("ids", ids_TK, (T, K), I32)]
-        row += [check("weights", weights_TK, (T, K)), counts, address(scratch), area]
-        keep = (logits_TN, bias_N, ids_TK, weights_TK, counts_N, scratch)
+        sequences = 0 if seq_index_T is None else check("seq_index", seq_index_T, (T,), I32)
+        row += [check("weights", weights_TK, (T, K)), counts, address(scratch), area, sequences]
+        keep = (logits_TN, bias_N, ids_TK, weights_TK, counts_N, seq_index_T, scratch)
         self._emit("route", row, *keep, workers=self._workers(T * N * (K + 8), SMALL))
 
     def expert_mlp(

@@ -19,6 +19,7 @@ from flm.kernels.backend import HeadNorm, SamplingBatch
 from flm.kernels.cuda import attention, elementwise, linear, rope, sampling
 from flm.kernels.cuda.attention import AttentionSpace
 from flm.kernels.cuda.classic import ClassicCalls
+from flm.kernels.cuda.experts import ExpertCalls
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
 from flm.kernels.cuda.pack import CudaMatrix, pack
 from flm.kernels.cuda.rope import CudaCache
@@ -29,7 +30,7 @@ from flm.kernels.quant import QuantizedMatrix
 Array = Any
 
 
-class CudaBackend(ClassicCalls):
+class CudaBackend(ClassicCalls, ExpertCalls):
     """One GPU's ops. activation: "float16" or "bfloat16"."""
 
     def __init__(self, device: GraphDevice, activation: str = ACTIVATION) -> None:
@@ -40,6 +41,7 @@ class CudaBackend(ClassicCalls):
         self._graph: CudaGraph | None = None
         self._spaces: dict[tuple[int, int, int], AttentionSpace] = {}
         self._scratch: dict[tuple[str, tuple[int, ...]], Array] = {}
+        self._areas: dict[tuple[str, str], Array] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         return self.device.empty(shape, dtype)
@@ -81,17 +83,6 @@ class CudaBackend(ClassicCalls):
             call()
         else:
             self._graph.calls.append(call)
-
-    def _on_device(self, array: Array) -> Array:
-        """The array, or the device's copy of one that the host fills."""
-        if not on_host(array):
-            return array
-        mirror = self._mirrors.of(array)
-        if self._graph is None:
-            mirror.refresh()
-        elif mirror not in self._graph.inputs:
-            self._graph.inputs.append(mirror)
-        return mirror.view(array)
 
     def _room(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """A buffer that ops of this name and shape share."""

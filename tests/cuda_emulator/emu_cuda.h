@@ -90,6 +90,22 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return r;
 }
+template <class T, class F>
+inline T emu_reduce(unsigned mask, T v, F pick, const char* what) {
+  auto values = emu::collective(mask, &v, sizeof(T), what);
+  for (int i = 0; i < 32; ++i) {
+    T other = v;
+    if (mask >> i & 1) std::memcpy(&other, values[i], sizeof(T));
+    v = pick(v, other);
+  }
+  return v;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned v) {
+  return emu_reduce(mask, v, [](unsigned a, unsigned b) { return a > b ? a : b; }, "__reduce_max_sync");
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned v) {
+  return emu_reduce(mask, v, [](unsigned a, unsigned b) { return a < b ? a : b; }, "__reduce_min_sync");
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 

@@ -5,12 +5,33 @@
 
 from __future__ import annotations
 
-from flm.kernels.cuda import all_reduce, attention, classic, elementwise, linear, rope, sampling, staging
+from flm.kernels.cuda import (
+    all_reduce,
+    attention,
+    classic,
+    elementwise,
+    experts,
+    grouped,
+    linear,
+    rope,
+    sampling,
+    staging,
+)
 from flm.kernels.cuda.kernel import Kernel, instance
 
 
 def _linear(activation: str, out: str, format: int, scale: str, group: int, rows: int, cols: int) -> Kernel:
     return instance("linear.cu", "linear", activation, out, format, scale, group, rows, cols)
+
+
+def _grouped(
+    activation: str, out: str, format: int, scale: str, group: int, rows: int, gated: bool
+) -> Kernel:
+    """rows 0: the tiled form."""
+    shared = (activation, out, format, scale, group)
+    if rows:
+        return instance("grouped_linear.cu", "grouped_linear", *shared, rows, gated)
+    return instance("tiled_grouped.cu", "tiled_grouped", *shared, gated)
 
 
 INSTANCES: dict[Kernel, int] = {
@@ -50,6 +71,23 @@ INSTANCES: dict[Kernel, int] = {
     instance("embedding.cu", "embedding", "bfloat16", "float32", 8, "__half2", 1): 48,
     instance("embedding.cu", "embedding", "float16", "float16", 16, "float", 0): 40,
     linear.take_columns_kernel(): 32,
+    # experts: two blocks a multiprocessor for few tokens, one for many
+    experts.route_kernel("float32", 64): 64,
+    experts.route_kernel("float32", 512): 128,
+    grouped.plan_kernel(): 64,
+    _grouped("bfloat16", "bfloat16", 4, "__half2", 8, 4, True): 128,
+    _grouped("bfloat16", "float32", 4, "__half2", 8, 4, False): 128,
+    _grouped("bfloat16", "float32", 4, "__half2", 8, 1, False): 128,
+    _grouped("float16", "float16", 4, "float2", 2, 4, True): 255,
+    _grouped("bfloat16", "bfloat16", 8, "__half", 8, 4, True): 128,
+    _grouped("bfloat16", "float32", 9, "float", 8, 4, False): 128,
+    _grouped("bfloat16", "bfloat16", 16, "float", 0, 4, True): 128,
+    _grouped("bfloat16", "bfloat16", 4, "__half2", 8, 0, True): 255,
+    _grouped("float16", "float32", 9, "float", 8, 0, False): 255,
+    _grouped("bfloat16", "float32", 16, "float", 0, 0, False): 255,
+    experts.combine_kernel("bfloat16", 2048): 64,
+    experts.scale_kernel("float32", "bfloat16", 2048, False): 40,
+    experts.scale_kernel("bfloat16", "float16", 2048, True): 40,
     staging.scatter_kernel(): 32,
     sampling.kernel(): 64,
     all_reduce.kernel("bfloat16"): 64,

@@ -47,6 +47,16 @@ def test_route(cpu, cpu1, exact, rng, routing, biased):
         assert np.array_equal(one[0], ids[-1:]) and np.array_equal(one[1], weights[-1:])
 
 
+def test_padding_tokens_have_no_experts(cpu, exact, rng):
+    logits = rng.standard_normal((3, 8)).astype(np.float32)
+    for backend in (cpu, exact):
+        ids, weights, counts = routed(backend, logits, Routing(8, 2))
+        some, their, few = np.zeros_like(ids), np.zeros_like(weights), np.zeros_like(counts)
+        backend.route(logits, Routing(8, 2), None, some, their, few, np.array([0, -1, 4], np.int32))
+        assert some[1].tolist() == [-1, -1] and their[1].tolist() == [0, 0] and few.sum() == 4
+        assert np.array_equal(some[::2], ids[::2]) and np.array_equal(their[::2], weights[::2])
+
+
 def test_ties_go_to_the_lowest_number(cpu, exact):
     logits = np.zeros((2, 12), np.float32)
     logits[1, [3, 4, 11]] = 1

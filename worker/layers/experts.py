@@ -39,7 +39,10 @@ class Experts:
         self.gate = loading.pack(w.matrix(prefix + "shared_gate.weight")) if config.shared_gate else None
         self.counts_N = loading.backend.asarray(np.zeros(config.count, np.int64))
         array, routing = loading.workspace.array, config.routing
-        self._logits_TN, self._gate_T1 = array("router", routing.experts), array("shared_gate", 1)
+        self._logits_TN, self._gate_T1 = (
+            array(name, size, dtype=np.float32)
+            for name, size in (("router", routing.experts), ("shared_gate", 1))
+        )
         self._ids_TK = array("experts", routing.top_k, dtype=np.int32)
         self._weights_TK = array("expert_weights", routing.top_k, dtype=np.float32)
 
@@ -53,7 +56,8 @@ class Experts:
             self._ops.sigmoid_scale(self._gate_T1[:T], delta_TE)
         logits_TN, ids_TK, weights_TK = self._logits_TN[:T], self._ids_TK[:T], self._weights_TK[:T]
         self._backend.linear(h_TE, self.router, logits_TN)
-        self._ops.route(logits_TN, self._config.routing, self.bias, ids_TK, weights_TK, self.counts_N)
+        counts_N, sequence_T = self.counts_N, inputs.sequence_T
+        self._ops.route(logits_TN, self._config.routing, self.bias, ids_TK, weights_TK, counts_N, sequence_T)
         self._ops.expert_mlp(h_TE, self.experts, ids_TK, weights_TK, delta_TE, self.shared is not None)
 
 

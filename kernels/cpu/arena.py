@@ -19,7 +19,7 @@ LINE = 64
 
 
 class Arena:
-    """Hands out uninitialised arrays at multiples of 64 bytes. A block is freed with the last array cut from it."""
+    """Hands out arrays of zeros at multiples of 64 bytes. A block is freed with the last array cut from it."""
 
     def __init__(self) -> None:
         self._block: NDArray[np.uint8] = np.empty(0, np.uint8)

@@ -75,14 +75,19 @@ def columns(name: str, array: Array, dims: int = 2) -> tuple[int, ...]:
     return tuple(array.shape)
 
 
-def make_cache(
-    take: Take, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: np.dtype[Any]
-) -> CpuCache:
-    """A cache in memory from `take`, which must read as zeros."""
+def check_cache(block_size: int, dtype: np.dtype[Any]) -> None:
+    """ShapeError or DTypeError for caches that no op reads."""
     if block_size % 16 or block_size <= 0:
         raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
     if dtype not in (np.float32, np.float16):
         raise DTypeError(f"a float32 or float16 cache expected, got {dtype}")
+
+
+def make_cache(
+    take: Take, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: np.dtype[Any]
+) -> CpuCache:
+    """A cache in memory from `take`, which must read as zeros."""
+    check_cache(block_size, dtype)
     k = take((num_blocks, kv_heads, head_dim, block_size), dtype)
     v = take((num_blocks, kv_heads, block_size, -(-head_dim // 16) * 16), dtype)
     return CpuCache(k, v)

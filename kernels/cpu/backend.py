@@ -28,7 +28,7 @@ from flm.kernels.cpu.configure import load_kernels
 from flm.kernels.cpu.emitter import SMALL
 from flm.kernels.cpu.expert_calls import ExpertCalls
 from flm.kernels.cpu.latent_calls import LatentCalls
-from flm.kernels.cpu.layout import CHUNK
+from flm.kernels.cpu.layout import panel_bytes
 from flm.kernels.cpu.pack import CpuMatrix, aligned, pack
 from flm.kernels.cpu.recurrent_calls import RecurrentCalls
 from flm.kernels.errors import ShapeError
@@ -74,7 +74,7 @@ class CpuBackend(HostMemory, AdapterCalls, ClassicCalls, ExpertCalls, LatentCall
         x, out = check("x", x_TK, (T, K)), check("out", out_TN, (T, N))
         bias = 0 if bias_N is None else check("bias", bias_N, (N,))
         groups = weight.groups
-        area = (CHUNK * 512 + weight.group * 256 + 64) // 64 * 64
+        area = panel_bytes(weight.group)
         sums = (T * groups * 4 + 63) // 64 * 64
         scratch = self._scratch(area * self.threads + sums + T * groups * weight.group * 4)
         xsum = address(scratch) + area * self.threads

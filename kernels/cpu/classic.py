@@ -1,4 +1,4 @@
-"""LayerNorm and GELU. Each worker takes an equal part of the tokens."""
+"""LayerNorm and GELU. A task is a few successive tokens, each by itself; workers take tasks until none is left."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Norms, activation, rotary embedding with the cache write, row selection.
+"""RMSNorm, SwiGLU's activation, rotary embedding with the cache write, row selection.
 
-Each worker takes an equal part of the tokens.
+A task is a few successive tokens; workers take tasks until none is left. A token's values depend on no other token's.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from flm.kernels.cpu.vector import silu_times, sum_of_squares
 
 
 @njit
+def normed(source, target, D, weight, eps):  # type: ignore
+    """target = rms_norm(source): D floats at an address each."""
+    x, w, out = f32_at(source, D), f32_at(weight, D), f32_at(target, D)
+    mean = sum_of_squares(source, D) / np.float32(D)
+    factor = np.float32(1.0) / np.float32(sqrt(mean + eps))
+    for d in range(D):
+        out[d] = x[d] * factor * w[d]
+
+
+@njit
 def _norm_row(row, t):  # type: ignore
     E = row[4]
-    x, w, out = f32_at(row[1] + t * E * 4, E), f32_at(row[5], E), f32_at(row[7] + t * E * 4, E)
     if row[2] != 0:
-        delta = f32_at(row[2] + t * E * 4, E)
+        x, delta = f32_at(row[1] + t * E * 4, E), f32_at(row[2] + t * E * 4, E)
         for e in range(E):
             x[e] += delta[e]
-    mean = sum_of_squares(row[1] + t * E * 4, E) / np.float32(E)
-    factor = np.float32(1.0) / np.float32(sqrt(mean + float_of_bits(row[6])))
-    for e in range(E):
-        out[e] = x[e] * factor * w[e]
+    normed(row[1] + t * E * 4, row[7] + t * E * 4, E, row[5], float_of_bits(row[6]))
 
 
 @cfunc(OP, cache=True)
@@ -63,16 +69,6 @@ def silu_mul(address, worker):  # type: ignore
 
 
 @njit
-def _normed(source, target, D, weight, eps):  # type: ignore
-    """target = rms_norm(source), one head at an address each."""
-    x, w, out = f32_at(source, D), f32_at(weight, D), f32_at(target, D)
-    mean = sum_of_squares(source, D) / np.float32(D)
-    factor = np.float32(1.0) / np.float32(sqrt(mean + eps))
-    for d in range(D):
-        out[d] = x[d] * factor * w[d]
-
-
-@njit
 def turn_head(source, target, D, R, cos, sin):  # type: ignore
     """Rotate one head: column d pairs with d + R."""
     for d in range(R):
@@ -102,12 +98,12 @@ def _rope_token(row, t):  # type: ignore
     position = np.int64(i32_at(row[3], row[2])[t])
     slot = np.int64(i32_at(row[4], row[2])[t])
     cos, sin = f32_at(row[12] + position * R * 4, R), f32_at(row[13] + position * R * 4, R)
-    base, normed = row[1] + t * (H + 2 * J) * D * 4, row[17] + (2 * t + 1) * D * 4
+    base, spare = row[1] + t * (H + 2 * J) * D * 4, row[17] + (2 * t + 1) * D * 4
     for h in range(H):
         head, q = base + h * D * 4, f32_at(row[16] + (t * H + h) * D * 4, D)
         if row[18] != 0:
-            _normed(head, normed, D, row[18], float_of_bits(row[20]))
-            head = normed
+            normed(head, spare, D, row[18], float_of_bits(row[20]))
+            head = spare
         turn_head(f32_at(head, D), q, D, R, cos, sin)
         if row[21] != 0:
             factor = f32_at(row[21] + position * 4, 1)[0]
@@ -120,8 +116,8 @@ def _rope_token(row, t):  # type: ignore
     for j in range(J):
         head = base + (H + j) * D * 4
         if row[19] != 0:
-            _normed(head, normed, D, row[19], float_of_bits(row[20]))
-            head = normed
+            normed(head, spare, D, row[19], float_of_bits(row[20]))
+            head = spare
         turn_head(f32_at(head, D), turned, D, R, cos, sin)
         store_head(row[14] + ((block * J + j) * D * bs + offset) * size, bs, half, turned, D)
         v = f32_at(base + (H + J + j) * D * 4, D)

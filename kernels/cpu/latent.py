@@ -8,19 +8,17 @@ positions alone, its output is a sum over positions in order: the same for any c
 
 from __future__ import annotations
 
-from math import sqrt
-
 import numpy as np
 from numba import cfunc, njit
 
-from flm.kernels.cpu.elementwise import store_head, turn_head
+from flm.kernels.cpu.elementwise import normed, store_head, turn_head
 from flm.kernels.cpu.layout import CHUNK
 from flm.kernels.cpu.leaves import call_leaf
 from flm.kernels.cpu.memory import copy, f32_at, fill, float_of_bits, i32_at, i64_at, load_half
 from flm.kernels.cpu.microkernels import MAX_TOKENS
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, next_task, span
 from flm.kernels.cpu.segments import matrix_row, prepare_row, product
-from flm.kernels.cpu.vector import exp_sum, maximum, sum_of_squares
+from flm.kernels.cpu.vector import exp_sum, maximum
 
 
 @njit
@@ -73,12 +71,9 @@ def _write_token(row, t):  # type: ignore
         turn_head(f32_at(head + N * 4, D), f32_at(row[19] + (t * H + h) * D * 4, D), D, R, cos, sin)
     if slot < 0:
         return
-    kv = row[2] + t * (L + D) * 4
-    x, norm, entry = f32_at(kv, L), f32_at(row[11], L), f32_at(row[9] + t * (Lp + D) * 4, Lp + D)
-    mean = sum_of_squares(kv, L) / np.float32(L)
-    factor = np.float32(1.0) / np.float32(sqrt(mean + float_of_bits(row[12])))
-    for i in range(L):
-        entry[i] = x[i] * factor * norm[i]
+    kv, at = row[2] + t * (L + D) * 4, row[9] + t * (Lp + D) * 4
+    normed(kv, at, L, row[11], float_of_bits(row[12]))
+    entry = f32_at(at, Lp + D)
     for i in range(L, Lp):
         entry[i] = 0.0
     turn_head(f32_at(kv + L * 4, D), entry[Lp:], D, R, cos, sin)

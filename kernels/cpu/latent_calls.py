@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.cpu.arrays import I32, address, check, columns, float_bits
+from flm.kernels.cpu.arrays import I32, address, check, check_cache, columns, float_bits
 from flm.kernels.cpu.emitter import SMALL, Emitter
 from flm.kernels.cpu.matrix_table import LINE, MatrixTable, matrix_table
 from flm.kernels.cpu.microkernels import MAX_TOKENS
 from flm.kernels.cpu.pack import pack
-from flm.kernels.errors import DTypeError, ShapeError
+from flm.kernels.errors import ShapeError
 from flm.kernels.quant import QuantizedMatrix
 
 Array = NDArray[Any]
@@ -66,10 +66,7 @@ class LatentCalls(Emitter):
     def latent_cache(
         self, num_blocks: int, block_size: int, latent: int, rotary: int, dtype: Any = np.float32
     ) -> CpuLatentCache:
-        if block_size % 16 or block_size <= 0:
-            raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
-        if np.dtype(dtype) not in (np.float32, np.float16):
-            raise DTypeError(f"a float32 or float16 cache expected, got {np.dtype(dtype)}")
+        check_cache(block_size, np.dtype(dtype))
         self._load_latent_ops()
         rows = self._arena.take((num_blocks, block_size, _padded(latent) + rotary), np.dtype(dtype))
         return CpuLatentCache(rows, latent, rotary)

@@ -10,6 +10,11 @@ ADAPTER_WIDTH, ADAPTER_CHUNK, ADAPTER_PANELS = (
 )  # words of a factor's entry; tokens and panels of a task
 
 
+def panel_bytes(group: int) -> int:
+    """What a worker needs to compute a panel: accumulators [CHUNK, 64], then a tile [group, 64], all float32."""
+    return (CHUNK + group) * 256
+
+
 def plan_words(tokens: int, slots: int, experts: int) -> int:
     """int64 words of the plan that expert_sort writes."""
     pairs = tokens * slots

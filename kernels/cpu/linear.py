@@ -149,8 +149,9 @@ def prepare(address, worker):  # type: ignore
 
 @njit
 def _runs(row, whole, worker):  # type: ignore
-    """The whole panels for one chunk of tokens. Each worker goes through panels that lie behind one another in memory, so that
-    what it fetches ahead is what it reads next, and then helps with the others' runs."""
+    """The whole panels for one chunk of tokens. A run is panels that lie behind one another in memory, so that what a worker
+    fetches ahead is what it reads next: each begins with a run of its own, or one shared where there are more workers
+    than MAX_RUNS, and then helps with the others."""
     runs = min(row[WORKERS], MAX_RUNS)
     for turn in range(runs):
         run = (worker + turn) % runs

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.cpu.arrays import address
-from flm.kernels.cpu.layout import CHUNK, LOCAL, TABLE_WIDTH
+from flm.kernels.cpu.layout import LOCAL, TABLE_WIDTH, panel_bytes
 from flm.kernels.cpu.pack import CpuMatrix
 
 LINE = 64
@@ -36,8 +36,8 @@ class MatrixTable:
 
     def area(self, spare: int = 0) -> int:
         """Bytes a worker needs: a row, then accumulators and a tile, or `spare` bytes."""
-        tile = max(m.group for m in self.matrices) * 256
-        return -(-(LOCAL + max(CHUNK * 512 + tile, spare)) // LINE) * LINE
+        panel = panel_bytes(max(m.group for m in self.matrices))
+        return -(-(LOCAL + max(panel, spare)) // LINE) * LINE
 
 
 def matrix_table(matrices: Sequence[CpuMatrix], leaves: Callable[[str], list[int]]) -> MatrixTable:

@@ -1,6 +1,7 @@
 """The shape of a program row: int64 [ROW_WIDTH]. Word 0 is the op's address, words 1 to 23 what the op's docstring says; the
-last cache line is for running it: how many workers may, the counter from which they take tasks, who is inside, and counters of runs: successive tasks that
-one worker begins with, and that the others finish if it is late.
+last cache line is for running it: how many workers may, the counter from which they take tasks, how many helpers are inside
+(less CLOSED of program.py, once none may enter), and counters of runs: successive tasks that a worker begins with, and that
+the others finish if it is late.
 """
 
 from typing import Any

@@ -1,11 +1,12 @@
 """A program: rows of int64, one per op, run by one compiled function, so that a captured model step is one call from Python.
 
-An eager op is a program of one or two rows. Each op is a C function of its own, found by the address in word 0, and
+Ops that are not captured run as programs of one row. A row's op is a C function, found by the address in word 0, and
 compiled and cached by itself.
 
 Threads: a program enters one parallel region and stays in it. Worker 0 leads: it runs the small ops alone and announces
-the others; whoever is awake takes tasks from the announced row until none is left. The leader waits only for those who are
-inside a row, so a worker that the system has put aside costs its help and nothing more.
+the others; whoever is awake takes tasks from the announced row until none is left. From row to row the leader waits only for
+those who are inside: a worker that the system has put aside costs its help, and more only if it holds a task or when the
+program ends, for the region ends when all have left it.
 """
 
 from __future__ import annotations

@@ -53,14 +53,14 @@ def test_recurrence_against_float64_and_cut_anyhow(cpu, cpu1, exact, rng, channe
         assert np.array_equal(results[0], results[other])
 
 
-@pytest.mark.parametrize("width", [1, 17, 64, 200])
-def test_token_shift(cpu, exact, rng, width):
-    lengths = (5, 3)
+# the widest ones of each op are shared among threads, see SMALL in emitter.py
+@pytest.mark.parametrize(("width", "lengths"), [(1, (5, 3)), (17, (5, 3)), (64, (5, 3)), (2500, (10, 3))])
+def test_token_shift(cpu, exact, rng, width, lengths):
     data = [rng.standard_normal((n, width)).astype(np.float32) for n in lengths]
     mix = rng.random((3, width)).astype(np.float32)
     results = []
     for backend in (cpu, exact):
-        for cuts in ([(5, 3)], [(1, 2), (3, 0), (1, 1)]):
+        for cuts in ([lengths], [(1, 2), (3, 0), (lengths[0] - 4, 1)]):
             last = np.full((2, width), 9.0, np.float32)
             got = [np.zeros((3, n, width)) for n in lengths]
             for rows in steps(rng, lengths, cuts):
@@ -88,12 +88,14 @@ def test_padding_keeps_nothing(cpu, rng):
     assert (last == 1.0).all()
 
 
-@pytest.mark.parametrize("width", [1, 17, 300])
-def test_squared_relu_and_gate(cpu, exact, rng, width):
+@pytest.mark.parametrize("width", [1, 17, 500])
+def test_squared_relu_and_gate(cpu, cpu1, exact, rng, width):
     for tokens in (1, 7, 130):
         x, r = (rng.standard_normal((tokens, width)).astype(np.float32) * 4 for _ in range(2))
         for call in (lambda b, y: b.squared_relu(y), lambda b, y, r=r: b.sigmoid_gate(r, y)):
-            got, want = x.copy(), x.astype(np.float64)
+            got, alone, want = x.copy(), x.copy(), x.astype(np.float64)
             call(cpu, got)
+            call(cpu1, alone)
             call(exact, want)
+            assert np.array_equal(got, alone)
             assert np.allclose(got, want, rtol=1e-6, atol=1e-7)

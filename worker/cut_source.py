@@ -48,6 +48,16 @@ def box_of(*spans: Span) -> Box:
     return tuple(bound for span in spans for bound in (span.start, span.stop))
 
 
+def _boxes(raw: Any, ranks: int) -> list[Box | None]:
+    """Each rank's piece of one tensor. ValueError or TypeError for anything else."""
+    boxes = [None if box is None else tuple(box) for box in raw]
+    found = [box for box in boxes if box is not None]
+    whole = all(type(bound) is int and bound >= 0 for box in found for bound in box)
+    if len(boxes) != ranks or not found or not whole or {len(box) for box in found} not in ({2}, {4}):
+        raise ValueError(f"a piece of each of {ranks} ranks expected, found {raw!r:.80}")
+    return boxes
+
+
 class CutSource:
     """Tensors under canonical names; only the pieces that were written can be read."""
 
@@ -56,14 +66,13 @@ class CutSource:
         try:
             raw = json.loads(self._path.read_text(encoding="utf-8"))
             self.cut = Cut(int(raw["ranks"]), int(raw["group"]), bool(raw.get("expert_parallel")))
-            pieces = {
-                name: [None if box is None else tuple(box) for box in boxes]
-                for name, boxes in raw["pieces"].items()
-            }
+            pieces = {str(name): _boxes(boxes, self.cut.ranks) for name, boxes in raw["pieces"].items()}
             columns = [{str(n): int(k) for n, k in of_rank.items()} for of_rank in raw["columns"]]
+            if self.cut.ranks < 1 or self.cut.group < 1 or len(columns) != self.cut.ranks:
+                raise ValueError(f"{self.cut}, group {self.cut.group}, columns of {len(columns)} ranks")
         except OSError as error:
             raise CheckpointError(str(self._path), f"cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 str(self._path), f"expected ranks, group, pieces and columns: {error!r}"
             ) from error

@@ -107,6 +107,8 @@ class GGUFFile:
     def _other_parts(self, part: int) -> dict[str, GGUFFile]:
         """Tensor → file, of the other files of a split model; their tensors join this file's."""
         count, number = self._raw.get("split.count", 1), self._raw.get("split.no", 0)
+        if type(count) is not int or count < 1:
+            raise self._fail(f"split.count: a whole number of files expected, found {count!r}")
         if number != part - 1:
             raise self._fail(f"is number {number} (from 0) of {count} files; give the first, 00001")
         ending = f"-00001-of-{count:05d}.gguf"

@@ -217,6 +217,14 @@ def test_other_alignment(tmp_path: Path) -> None:
     np.testing.assert_array_equal(file.read("b").reshape(-1).view("<f4"), np.arange(6))
 
 
+def test_a_number_of_files_must_be_one(tmp_path: Path) -> None:
+    path = _tiny(tmp_path / "a.gguf", lambda writer: writer.add_string("split.count", "three"))
+    with pytest.raises(
+        CheckpointError, match=r"split\.count: a whole number of files expected, found 'three'"
+    ):
+        GGUFFile(path)
+
+
 def _tiny(path: Path, edit: Callable[[GGUFWriter], None]) -> Path:
     writer = GGUFWriter(path, "llama")
     edit(writer)

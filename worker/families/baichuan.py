@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flm.worker.canonical import LM_HEAD, decoder_tensors
 from flm.worker.config import ModelConfig, RopeConfig
-from flm.worker.families import llama
+from flm.worker.families import hub, llama
 from flm.worker.families.family import Family, thirds
 from flm.worker.families.fields import Fields
 from flm.worker.recipe import Recipe
@@ -28,8 +28,8 @@ def _read(fields: Fields) -> ModelConfig:
 
 def _has_alibi(fields: Fields) -> bool:
     """By the width of the releases; of other widths, those without a bound on positions."""
-    names, hidden = fields.get("architectures") or [""], fields.integer("hidden_size")
-    if names[0] == _FIRST_7B or hidden == _ROPE_WIDTH:
+    hidden = fields.integer("hidden_size")
+    if hub.architecture(fields) == _FIRST_7B or hidden == _ROPE_WIDTH:
         return False
     return hidden == _ALIBI_WIDTH or fields.get("max_position_embeddings") is None
 

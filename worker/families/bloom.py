@@ -3,20 +3,17 @@ side by side."""
 
 from __future__ import annotations
 
-from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, renamed, side_by_side
 from flm.worker.families.fields import Fields
 from flm.worker.recipe import Recipe
 
-_TOP = {
+_STEMS = {
     "model.embed_tokens": "transformer.word_embeddings",
     "model.embed_norm": "transformer.word_embeddings_layernorm",
     "model.norm": "transformer.ln_f",
     "lm_head": "lm_head",
-}
-_STEMS = {
     "input_layernorm": "input_layernorm",
     "post_attention_layernorm": "post_attention_layernorm",
     "self_attn.o_proj": "self_attention.dense",
@@ -58,21 +55,10 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _recipes(config: ModelConfig) -> dict[str, Recipe]:
-    d = config.attention.head_dim
-    recipes = {}
-    for name in decoder_tensors(config):
-        stem, kind = name.rsplit(".", 1)
-        if stem in _TOP:
-            recipes[name] = Recipe(f"{_TOP[stem]}.{kind}")
-            continue
-        _, _, layer, part = stem.split(".", 3)
-        prefix = f"transformer.h.{layer}."
-        if part in _STEMS:
-            recipes[name] = Recipe(f"{prefix}{_STEMS[part]}.{kind}")
-        else:
-            at = "qkv".index(part.removeprefix("self_attn.")[0])
-            recipes[name] = Recipe(f"{prefix}self_attention.query_key_value.{kind}", at * d, d, 3 * d)
-    return recipes
+    fused = lambda part, prefix, kind: side_by_side(
+        config, part, f"{prefix}self_attention.query_key_value.{kind}"
+    )
+    return renamed(config, _STEMS, "transformer.h.", fused)
 
 
 BLOOM = Family("bloom", ("BloomForCausalLM",), _read, _recipes, optional_prefix="transformer.")

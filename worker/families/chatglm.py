@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 
-from flm.worker.canonical import decoder_tensors
 from flm.worker.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -15,17 +14,15 @@ from flm.worker.config import (
     RopeConfig,
 )
 from flm.worker.families import hub
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, renamed, side_by_side
 from flm.worker.families.fields import Fields
 from flm.worker.families.glm import is_second
 from flm.worker.recipe import Recipe
 
-_TOP = {
+_STEMS = {
     "model.embed_tokens": "transformer.word_embeddings",
     "model.norm": "transformer.final_layernorm",
     "lm_head": "lm_head",
-}
-_STEMS = {
     "input_layernorm": "input_layernorm",
     "post_attention_layernorm": "post_attention_layernorm",
     "self_attn.o_proj": "attention.dense",
@@ -78,21 +75,10 @@ def _recipes(config: ModelConfig) -> dict[str, Recipe]:
     d = config.attention.head_dim
     quarter = [range(i * d // 4, (i + 1) * d // 4) for i in range(4)]
     order = (*quarter[0], *quarter[2], *quarter[1], *quarter[3])
-    recipes = {}
-    for name in decoder_tensors(config):
-        stem, kind = name.rsplit(".", 1)
-        if stem in _TOP:
-            recipes[name] = Recipe(f"{_TOP[stem]}.{kind}")
-            continue
-        _, _, layer, part = stem.split(".", 3)
-        prefix = f"transformer.layers.{layer}."
-        if part in _STEMS:
-            recipes[name] = Recipe(f"{prefix}{_STEMS[part]}.{kind}")
-        else:
-            at = "qkv".index(part.removeprefix("self_attn.")[0])
-            tensor = f"{prefix}attention.query_key_value.{kind}"
-            recipes[name] = Recipe(tensor, at * d, d, 3 * d, order if at < 2 else ())
-    return recipes
+    fused = lambda part, prefix, kind: side_by_side(
+        config, part, f"{prefix}attention.query_key_value.{kind}", order
+    )
+    return renamed(config, _STEMS, "transformer.layers.", fused)
 
 
 CHATGLM_6B = Family(

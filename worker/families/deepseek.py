@@ -70,8 +70,8 @@ def _experts(fields: Fields, third: bool) -> ExpertsConfig | None:
     if fields.get("n_routed_experts") is None:
         return None
     layers, width = hub.layer_count(fields), fields.integer("moe_intermediate_size")
-    first, step = int(fields.get("first_k_dense_replace") or 0), fields.integer("moe_layer_freq", 1)
-    shared = fields.integer("n_shared_experts") if fields.get("n_shared_experts") else 0
+    first, step = fields.integer("first_k_dense_replace", 0, least=0), fields.integer("moe_layer_freq", 1)
+    shared = fields.integer("n_shared_experts", 0, least=0)
     return ExpertsConfig(
         width=width,
         routing=_routing(fields, third),

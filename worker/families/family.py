@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -15,6 +15,34 @@ from flm.worker.recipe import Recipe
 def same_names(config: ModelConfig) -> dict[str, Recipe]:
     """A checkpoint under canonical names."""
     return {name: Recipe(name) for name in decoder_tensors(config)}
+
+
+def renamed(
+    config: ModelConfig,
+    stems: Mapping[str, str],
+    layers: str,
+    other: Callable[[str, str, str], Recipe],
+) -> dict[str, Recipe]:
+    """A checkpoint with names of its own. `stems`: its name for each of ours without the kind (weight, bias), of a layer's
+    parts without the layer; `layers`: what stands before the number of a layer. `other` gives the recipe of what stems
+    do not name, from our part's name, the checkpoint's prefix of that layer, and the kind."""
+    recipes = {}
+    for name in decoder_tensors(config):
+        part, kind = name.rsplit(".", 1)
+        prefix = ""
+        if part.startswith("model.layers."):
+            _, _, layer, part = part.split(".", 3)
+            prefix = f"{layers}{layer}."
+        same = part in stems
+        recipes[name] = Recipe(f"{prefix}{stems[part]}.{kind}") if same else other(part, prefix, kind)
+    return recipes
+
+
+def side_by_side(config: ModelConfig, part: str, tensor: str, head_order: tuple[int, ...] = ()) -> Recipe:
+    """self_attn.q_proj, k_proj or v_proj out of a matrix that holds q, k and v of one head after the other.
+    `head_order`: of the rows that rotate."""
+    at, d = "qkv".index(part.removeprefix("self_attn.")[0]), config.attention.head_dim
+    return Recipe(tensor, at * d, d, 3 * d, head_order if at < 2 else ())
 
 
 def thirds(config: ModelConfig, part: str, tensor: str) -> Recipe:

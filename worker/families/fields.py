@@ -9,7 +9,8 @@ from typing import Any
 
 from flm.worker.errors import CheckpointError
 
-MAX_SIZE = 2**31 - 1  # of anything
+MAX_SIZE = 2**31 - 1  # of anything counted
+MAX_NUMBER = 1e12  # of anything else: its square and its logarithm are still numbers
 _MISSING = object()
 
 
@@ -26,22 +27,26 @@ class Fields:
         """The value, or None where it is absent or null."""
         return self.raw.get(self._prefix + name)
 
-    def integer(self, name: str, default: Any = _MISSING) -> int:
-        """A whole number from 1 to MAX_SIZE."""
-        value = self._value(name, default, "a whole number >= 1")
+    def integer(self, name: str, default: Any = _MISSING, least: int = 1) -> int:
+        """A whole number from `least` to MAX_SIZE."""
+        value = self._value(name, default, f"a whole number >= {least}")
         if isinstance(value, list) and value and all(v == value[0] for v in value):
             value = value[0]  # GGUF may give one value per layer
-        if type(value) is not int or value < 1:
-            raise self.fail(f"{self._prefix}{name}: a whole number >= 1 expected, found {_shown(value)}")
+        if type(value) is not int or value < least:
+            raise self.fail(
+                f"{self._prefix}{name}: a whole number >= {least} expected, found {_shown(value)}"
+            )
         if value > MAX_SIZE:
             raise self.fail(f"{self._prefix}{name}: at most {MAX_SIZE} expected, found {_shown(value)}")
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> float:
-        """A finite number > 0."""
+        """A number > 0, at most MAX_NUMBER."""
         value = self._value(name, default, "a number > 0")
-        if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value < math.inf:  # NaN is not either
             raise self.fail(f"{self._prefix}{name}: a number > 0 expected, found {_shown(value)}")
+        if value > MAX_NUMBER:
+            raise self.fail(f"{self._prefix}{name}: at most {MAX_NUMBER:g} expected, found {_shown(value)}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -56,6 +61,13 @@ class Fields:
         if value is not None and not isinstance(value, dict):
             raise self.fail(f"{self._prefix}{name}: an object expected, found {_shown(value)}")
         return None if value is None else Fields(self.file, value)
+
+    def items(self, name: str) -> list[Any]:
+        """A list; empty where it is absent or null."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, list):
+            raise self.fail(f"{self._prefix}{name}: a list expected, found {_shown(value)}")
+        return value or []
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One token id or a list of them; absent and negative ones (a placeholder of old files) are left out."""

@@ -13,7 +13,7 @@ from flm.worker.families.fields import Fields
 from flm.worker.families.gguf_layout import LAYOUTS, Layout, recipes
 from flm.worker.gguf_file import GGUFFile
 
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS, _TOKENS = "rope_freqs.weight", "tokenizer.ggml.tokens"
 _BAICHUAN_LAYERS, _BAICHUAN2_VOCAB = 40, 125696  # of the 13B, which has ALiBi; of the second generation
 # tokens that end a turn; chat files often name only another one as their end of sequence
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>")
@@ -137,6 +137,6 @@ def _eos(file: GGUFFile) -> tuple[int, ...]:
     template = file.get("tokenizer.chat_template") or ""
     ends = [token for token in _TURN_ENDS if isinstance(template, str) and token in template]
     if ends:
-        tokens = file.get("tokenizer.ggml.tokens") or []
+        tokens = Fields(file.path, {_TOKENS: file.get(_TOKENS)}).items(_TOKENS)
         ids |= {i for i, token in enumerate(tokens) if token in ends}
     return tuple(sorted(ids))

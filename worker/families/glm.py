@@ -6,16 +6,14 @@ from __future__ import annotations
 from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub, llama
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, renamed
 from flm.worker.families.fields import Fields
 from flm.worker.recipe import Recipe, interleaved
 
-_TOP = {
+_STEMS = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",
     "model.norm": "transformer.encoder.final_layernorm",
     "lm_head": "transformer.output_layer",
-}
-_STEMS = {
     "input_layernorm": "input_layernorm",
     "post_attention_layernorm": "post_attention_layernorm",
     "self_attn.o_proj": "self_attention.dense",
@@ -72,20 +70,12 @@ def _chatglm_recipes(config: ModelConfig) -> dict[str, Recipe]:
         "mlp.gate_proj": ("mlp.dense_h_to_4h", 0, ()),
         "mlp.up_proj": ("mlp.dense_h_to_4h", inner, ()),
     }
-    recipes = {}
-    for name in decoder_tensors(config):
-        stem, kind = name.rsplit(".", 1)
-        if stem in _TOP:
-            recipes[name] = Recipe(f"{_TOP[stem]}.{kind}")
-            continue
-        _, _, layer, part = stem.split(".", 3)
-        prefix = f"transformer.encoder.layers.{layer}."
-        if part in _STEMS:
-            recipes[name] = Recipe(f"{prefix}{_STEMS[part]}.{kind}")
-        else:
-            tensor, offset, head_order = fused[part]
-            recipes[name] = Recipe(f"{prefix}{tensor}.{kind}", offset, head_order=head_order)
-    return recipes
+
+    def other(part: str, prefix: str, kind: str) -> Recipe:
+        tensor, offset, head_order = fused[part]
+        return Recipe(f"{prefix}{tensor}.{kind}", offset, head_order=head_order)
+
+    return renamed(config, _STEMS, "transformer.encoder.layers.", other)
 
 
 def _glm(fields: Fields) -> ModelConfig:

@@ -9,8 +9,17 @@ from flm.worker.config import ModelConfig, RopeConfig
 from flm.worker.errors import CheckpointError
 from flm.worker.families.fields import Fields, read_json
 
-MAX_LAYERS, MAX_EXPERTS = 4096, 1 << 18  # far beyond any model's, far below what a damaged number can ask for
+# far beyond any model's, far below what a damaged number can ask for
+MAX_LAYERS, MAX_EXPERTS, MAX_HEAD, MAX_POSITIONS = 4096, 1 << 18, 1 << 16, 1 << 24
 _ROPE_SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def architecture(fields: Fields) -> str | None:
+    """The first that config.json names."""
+    names = fields.items("architectures")
+    if names and not isinstance(names[0], str):
+        raise fields.fail(f"architectures: a list of names expected, found {names[0]!r}")
+    return names[0] if names else None
 
 
 def check_activation(fields: Fields, name: str = "hidden_act", wanted: str = "silu") -> None:
@@ -98,6 +107,7 @@ def longest(max_position: int, rope: RopeConfig) -> int:
 def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
     """The config itself. Raises CheckpointError where its sizes cannot belong together."""
     a, r = config.attention, config.attention.rope
+    widest = max(a.head_dim, a.latent.cached if a.latent else 0)
     wrong = [
         (config.layers > MAX_LAYERS, f"at most {MAX_LAYERS} layers expected, found {config.layers}"),
         (
@@ -105,7 +115,14 @@ def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
             f"at most {MAX_EXPERTS} experts in all layers expected, found more",
         ),
         (a.heads % a.kv_heads, f"{a.heads} attention heads cannot be shared by {a.kv_heads} key-value heads"),
-        (a.head_dim % 2, f"an even head size expected, found {a.head_dim}"),
+        (a.head_dim % 2 or not a.head_dim, f"an even head size expected, found {a.head_dim}"),
+        (widest > MAX_HEAD, f"heads and latents of at most {MAX_HEAD} values expected, found {widest}"),
+        (a.logn_length == 1, "a trained length of at least 2 expected for log-n attention, found 1"),
+        (not config.feed_forward.intermediate, "a feed-forward width of at least 1 expected, found 0"),
+        (
+            config.max_position > MAX_POSITIONS,
+            f"at most {MAX_POSITIONS} positions expected, found {config.max_position}",
+        ),
         (
             r.rotary_dim % 2 or not 0 <= r.rotary_dim <= a.head_dim,
             f"an even rotary size of at most {a.head_dim} (the head size) expected, found {r.rotary_dim}",

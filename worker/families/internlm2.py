@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, ModelConfig
 from flm.worker.families import llama
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, renamed
 from flm.worker.families.fields import Fields
 from flm.worker.recipe import Recipe
 
-_TOP = {"model.embed_tokens": "model.tok_embeddings", "model.norm": "model.norm", "lm_head": "output"}
 _STEMS = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "model.norm": "model.norm",
+    "lm_head": "output",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.o_proj": "attention.wo",
@@ -26,18 +27,8 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _recipes(config: ModelConfig) -> dict[str, Recipe]:
-    recipes = {}
-    for name in decoder_tensors(config):
-        stem, kind = name.rsplit(".", 1)
-        if stem in _TOP:
-            recipes[name] = Recipe(f"{_TOP[stem]}.{kind}")
-            continue
-        _, _, layer, part = stem.split(".", 3)
-        if part in _STEMS:
-            recipes[name] = Recipe(f"model.layers.{layer}.{_STEMS[part]}.{kind}")
-        else:
-            recipes[name] = _grouped(config.attention, part, f"model.layers.{layer}.attention.wqkv.{kind}")
-    return recipes
+    fused = lambda part, prefix, kind: _grouped(config.attention, part, f"{prefix}attention.wqkv.{kind}")
+    return renamed(config, _STEMS, "model.layers.", fused)
 
 
 def _grouped(a: AttentionConfig, part: str, tensor: str) -> Recipe:

@@ -3,10 +3,9 @@ the first part of each head."""
 
 from __future__ import annotations
 
-from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, renamed
 from flm.worker.families.fields import Fields
 from flm.worker.recipe import Recipe, interleaved
 
@@ -54,21 +53,17 @@ def _read(fields: Fields) -> ModelConfig:
 def _recipes(config: ModelConfig) -> dict[str, Recipe]:
     a = config.attention
     order, local = interleaved(a.head_dim, a.rope.rotary_dim), a.heads * a.head_dim // _PARTS
-    fused = {"q_proj": (0, order), "v_proj": (local, ()), "k_proj": (2 * local, order)}
-    recipes = {}
-    for name in decoder_tensors(config):
-        stem, kind = name.rsplit(".", 1)
-        if stem in _STEMS:
-            recipes[name] = Recipe(f"{_STEMS[stem]}.{kind}")
-            continue
-        _, _, layer, part = stem.split(".", 3)
-        prefix = f"transformer.h.{layer}."
-        if part in _STEMS:
-            recipes[name] = Recipe(f"{prefix}{_STEMS[part]}.{kind}")
-        else:
-            offset, head_order = fused[part.removeprefix("self_attn.")]
-            recipes[name] = Recipe(f"{prefix}attn.qkv_proj.{kind}", offset, local, 3 * local, head_order)
-    return recipes
+    fused = {
+        "self_attn.q_proj": (0, order),
+        "self_attn.v_proj": (local, ()),
+        "self_attn.k_proj": (2 * local, order),
+    }
+
+    def other(part: str, prefix: str, kind: str) -> Recipe:
+        offset, head_order = fused[part]
+        return Recipe(f"{prefix}attn.qkv_proj.{kind}", offset, local, 3 * local, head_order)
+
+    return renamed(config, _STEMS, "transformer.h.", other)
 
 
 MOSS = Family(

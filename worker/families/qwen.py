@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub, llama
-from flm.worker.families.family import Family, thirds
+from flm.worker.families.family import Family, renamed, thirds
 from flm.worker.families.fields import Fields
 from flm.worker.recipe import Recipe
 
@@ -65,19 +64,8 @@ def _qwen(fields: Fields) -> ModelConfig:
 
 
 def _qwen_recipes(config: ModelConfig) -> dict[str, Recipe]:
-    recipes = {}
-    for name in decoder_tensors(config):
-        stem, kind = name.rsplit(".", 1)
-        if stem in _STEMS:
-            recipes[name] = Recipe(f"{_STEMS[stem]}.{kind}")
-            continue
-        _, _, layer, part = stem.split(".", 3)
-        prefix = f"transformer.h.{layer}."
-        if part in _STEMS:
-            recipes[name] = Recipe(f"{prefix}{_STEMS[part]}.{kind}")
-        else:
-            recipes[name] = thirds(config, part, f"{prefix}attn.c_attn.{kind}")
-    return recipes
+    fused = lambda part, prefix, kind: thirds(config, part, f"{prefix}attn.c_attn.{kind}")
+    return renamed(config, _STEMS, "transformer.h.", fused)
 
 
 def _qwen2(fields: Fields) -> ModelConfig:

@@ -39,7 +39,7 @@ def _experts(fields: Fields, normalize: bool) -> ExpertsConfig:
     except ShapeError as error:
         raise fields.fail(str(error)) from error
     step, layers = fields.integer("decoder_sparse_step", 1), hub.layer_count(fields)
-    listed = fields.get("mlp_only_layers") or []
+    listed = fields.items("mlp_only_layers")
     dense = tuple(i for i in range(layers) if i in listed or (i + 1) % step)
     return ExpertsConfig(fields.integer("moe_intermediate_size"), routing, dense_layers=dense)
 

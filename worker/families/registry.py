@@ -62,8 +62,7 @@ def family_of(path: Path, config: ModelConfig) -> Family:
 
 def _family(fields: Fields) -> Family:
     """By its architecture; where config.json names none, by its model_type."""
-    names = fields.get("architectures")
-    found = names[0] if isinstance(names, list) and names else None
+    found = hub.architecture(fields)
     for family in FAMILIES:
         meant = found in family.architectures if found else fields.get("model_type") == family.model_type
         if meant and family.accepts(fields):

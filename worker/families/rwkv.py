@@ -5,20 +5,17 @@
 
 from __future__ import annotations
 
-from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub
-from flm.worker.families.family import Family
+from flm.worker.families.family import Family, renamed
 from flm.worker.families.fields import Fields
 from flm.worker.recipe import Recipe
 
-_TOP = {
+_STEMS = {
     "model.embed_tokens": "rwkv.embeddings",
     "model.embed_norm": "rwkv.blocks.0.pre_ln",
     "model.norm": "rwkv.ln_out",
     "lm_head": "head",
-}
-_STEMS = {
     "input_layernorm": "ln1",
     "post_attention_layernorm": "ln2",
     "self_attn.r_proj": "attention.receptance",
@@ -66,19 +63,8 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _recipes(config: ModelConfig) -> dict[str, Recipe]:
-    recipes = {}
-    for name in decoder_tensors(config):
-        stem, kind = name.rsplit(".", 1)
-        if stem in _TOP:
-            recipes[name] = Recipe(f"{_TOP[stem]}.{kind}")
-            continue
-        _, _, layer, part = name.split(".", 3)
-        prefix = f"rwkv.blocks.{layer}."
-        if part in _VECTORS:
-            recipes[name] = Recipe(prefix + _VECTORS[part])
-        else:
-            recipes[name] = Recipe(f"{prefix}{_STEMS[part.rsplit('.', 1)[0]]}.{kind}")
-    return recipes
+    vector = lambda part, prefix, kind: Recipe(f"{prefix}{_VECTORS[f'{part}.{kind}']}")
+    return renamed(config, _STEMS, "rwkv.blocks.", vector)
 
 
 RWKV = Family("rwkv", ("RwkvForCausalLM",), _read, _recipes)

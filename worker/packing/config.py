@@ -53,8 +53,8 @@ def _packing(found: Fields) -> Packing:
     if method == "compressed-tensors":
         return _compressed(found)
     if method == METHOD:
-        columns = found.get("columns") or {}
-        return Prepared({str(name): int(width) for name, width in columns.items()})
+        columns = found.section("columns")
+        return Prepared({name: columns.integer(name) for name in columns.raw} if columns else {})
     raise _unsupported(found, f"quantization method {method!r}")
 
 
@@ -87,8 +87,11 @@ def _compressed(found: Fields) -> Packing:
     if form == "float-quantized":
         return FP8()
     sizes = []
-    for group in (found.get("config_groups") or {}).values():
-        size = ((group or {}).get("weights") or {}).get("group_size")
+    groups = found.section("config_groups")
+    for name in groups.raw if groups else ():
+        group = groups.section(name) if groups else None
+        weights = group.section("weights") if group else None
+        size = weights.get("group_size") if weights else None
         sizes += [size] if type(size) is int and size > 0 else []
     return CompressedTensors(tuple(dict.fromkeys(sizes)))
 

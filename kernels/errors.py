@@ -51,6 +51,13 @@ class CollectiveAborted(CollectiveError):
         super().__init__(f"rank {rank} left a collective because the group was aborted")
 
 
+class CollectiveFailed(CollectiveError):
+    """What carries the collectives of a rank reported an error; `said` is its own word for it."""
+
+    def __init__(self, rank: int, said: str) -> None:
+        super().__init__(f"rank {rank}: {said}")
+
+
 class ToolkitMissing(KernelError):
     """NVRTC or CUDA's headers are not installed."""
 
@@ -60,6 +67,16 @@ class ToolkitMissing(KernelError):
 
 class UnsupportedDevice(KernelError):
     """No GPU, no driver for it, or one that these kernels do not run on."""
+
+
+class DeviceFailed(KernelError):
+    """A GPU stopped with an error; nothing can run on it in this process any more."""
+
+    def __init__(self, name: str, said: str) -> None:
+        super().__init__(
+            f"GPU {name}: {said}; the process that uses it has to be started again. Where it comes back, look at "
+            "nvidia-smi and the kernel's log (Xid) for a broken GPU, else run with CUDA_LAUNCH_BLOCKING=1 and report it"
+        )
 
 
 class CompileError(KernelError):
@@ -76,6 +93,6 @@ class DeviceMemoryFull(KernelError):
     def __init__(self, wanted: int, free: int, total: int) -> None:
         mib = lambda n: f"{n / 2**20:,.0f} MiB"
         super().__init__(
-            f"the GPU has no room for {mib(wanted)} more: {mib(free)} of {mib(total)} are free. Lower kv_cache.memory or "
+            f"the GPU has no room for {mib(wanted) if wanted else 'something'} more: {mib(free)} of {mib(total)} are free. Lower kv_cache.memory or "
             "max_context, quantise to int4, or use more GPUs (tensor_parallel)"
         )

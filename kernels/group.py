@@ -61,6 +61,15 @@ class Group:
         start = self.data_start + (2 * rank + epoch % 2) * self.slot_bytes
         return self.buffer[start : start + self.slot_bytes]
 
+    def swap(self, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order; at most slot_bytes - 8 of each."""
+        piece = np.frombuffer(len(mine).to_bytes(8, "little") + mine, np.uint8)
+        if len(piece) > self.slot_bytes:
+            raise ShapeError(f"at most {self.slot_bytes - 8} bytes expected, got {len(mine)}")
+        epoch = self.exchange(piece)
+        slots = [self.slot(rank, epoch).tobytes() for rank in range(self.size)]
+        return [slot[8 : 8 + int.from_bytes(slot[:8], "little")] for slot in slots]
+
     def exchange(self, piece: NDArray[Any]) -> int:
         """Publish up to slot_bytes of data, wait for all ranks, return the epoch whose slots can now be read.
 

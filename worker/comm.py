@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ Array = Any
 
 
 class Communicator(Protocol):
-    """Collectives over the ranks of one replica group. float32 arrays of the rank's backend."""
+    """Collectives over the ranks of one replica group. Arrays of the rank's backend, float32 or its activations."""
 
     @property
     def rank(self) -> int: ...
@@ -42,6 +43,15 @@ class Communicator(Protocol):
 
     def barrier(self) -> None:
         """Return once every rank is here; raises CollectiveTimeout naming the ranks that are not."""
+        ...
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Around the ops of a step. Where collectives do not raise when they are called, what went wrong raises at its
+        end, which comes within the time-out."""
+        ...
+
+    def set_timeout(self, seconds: float) -> None:
+        """Of every wait from now on."""
         ...
 
     def abort(self) -> None:
@@ -67,6 +77,12 @@ class LocalCommunicator:
     def barrier(self) -> None:
         """Everyone is here."""
 
+    def watched(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def set_timeout(self, seconds: float) -> None:
+        """Nobody waits."""
+
     def abort(self) -> None:
         """Nobody waits."""
 
@@ -90,6 +106,12 @@ class GroupCommunicator:
 
     def barrier(self) -> None:
         self.backend.barrier(self.group)
+
+    def watched(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def set_timeout(self, seconds: float) -> None:
+        self.group.timeout = seconds
 
     def abort(self) -> None:
         self.group.abort()
@@ -122,6 +144,18 @@ class SharedMemoryCommunicator(GroupCommunicator):
         finally:
             if rank == 0:
                 path.unlink()
+
+
+def connect_processes(path: Path, rank: int, size: int, backend: Backend, timeout: float) -> Communicator:
+    """Ranks that are processes of one host: through its memory, or through their GPUs'. Raises RankFailed and what the
+    kernels raise where they cannot meet within `timeout` seconds."""
+    meeting = SharedMemoryCommunicator(path, rank, size, backend, timeout)
+    device = getattr(backend, "device", None)
+    if device is None:
+        return meeting
+    from flm.worker.comm_cuda import CudaCommunicator
+
+    return CudaCommunicator(meeting, device, timeout)
 
 
 def _create(path: Path, length: int) -> None:

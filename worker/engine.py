@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.cores import usable_cpus
 from flm.worker.adapter import AdapterSource
-from flm.worker.channel import NoFollowers, ThreadChannel
+from flm.worker.channel import FollowerChannel, LeaderChannel, NoFollowers, ThreadChannel
 from flm.worker.comm import LocalCommunicator, ThreadCommunicator
 from flm.worker.errors import AdapterNotFound, DoesNotFit, InvalidRequest, RankFailed
 from flm.worker.paths import resolve_model_path
@@ -94,15 +94,20 @@ class Engine:
         self._join()
 
     def _join(self) -> None:
+        """All ranks at once: they meet, and run their first steps together."""
         size = len(self.ranks)
         self.config, self.max_context = self.ranks[0].checkpoint.config, self.ranks[0].max_context
-        if size == 1:
-            self.ranks[0].join(LocalCommunicator(), NoFollowers())
-        else:
-            channel, buffer = ThreadChannel(size), ThreadCommunicator.buffer(size)
-            for rank in self.ranks:
-                comm = ThreadCommunicator(buffer, rank.rank, size, rank.backend, self.spec.hang_timeout)
-                rank.join(comm, channel if rank.rank == 0 else channel.followers[rank.rank - 1])
+        channel, buffer = ThreadChannel(size), ThreadCommunicator.buffer(size)
+        ends: list[LeaderChannel | FollowerChannel] = [channel, *channel.followers]
+
+        def join(rank: Rank) -> None:
+            if size == 1:
+                rank.join(LocalCommunicator(), NoFollowers())
+                return
+            comm = ThreadCommunicator(buffer, rank.rank, size, rank.backend, self.spec.hang_timeout)
+            rank.join(comm, ends[rank.rank])
+
+        self._each_rank(join)
         self.replica = self.ranks[0].replica
         self._threads = [
             threading.Thread(target=rank.serve, name=f"rank-{rank.rank}", daemon=True)

@@ -23,7 +23,7 @@ from flm.worker.channel import (
     ZmqLeaderChannel,
 )
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
-from flm.worker.comm import Communicator, LocalCommunicator, SharedMemoryCommunicator
+from flm.worker.comm import Communicator, LocalCommunicator, connect_processes
 from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InvalidRequest
 from flm.worker.limits import HANG_TIMEOUT, Limits
 from flm.worker.model import Decoder
@@ -141,11 +141,10 @@ class Rank:
             ZmqLeaderChannel(run_dir, size) if self.rank == 0 else ZmqFollowerChannel(run_dir, self.rank)
         )
         try:
-            comm = SharedMemoryCommunicator(run_dir / "group.shm", self.rank, size, self.backend, timeout)
+            comm = connect_processes(run_dir / "group.shm", self.rank, size, self.backend, timeout)
+            self.join(comm, channel)
         except Exception as error:
             raise as_flm_error(error) from error
-        comm.group.timeout = self.spec.hang_timeout
-        self.join(comm, channel)
 
     def join(self, comm: Communicator, channel: LeaderChannel | FollowerChannel) -> None:
         """Take part in a group that someone else has connected."""
@@ -161,7 +160,8 @@ class Rank:
             leader=self.rank == 0,
             capture=spec.capture,
         )
-        self.runner.capture_ahead()
+        self.runner.capture_ahead()  # compiles what has not been yet: ranks wait for the slowest
+        comm.set_timeout(spec.hang_timeout)
         if self.rank > 0:
             self._channel = channel  # type: ignore[assignment]
             return

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from flm.kernels.errors import CollectiveAborted, CollectiveTimeout, DeviceMemoryFull, KernelError
+from flm.kernels.errors import CollectiveError, CollectiveTimeout, DeviceMemoryFull, KernelError
 from flm.worker.channel import LeaderChannel
 from flm.worker.config import ModelConfig
 from flm.worker.errors import DoesNotFit, FlmError, InternalError, RankFailed, Unavailable
@@ -172,7 +172,7 @@ class Replica:
 
     def _blame(self, error: Exception) -> str:
         """Name the rank: one that said why it left, else those missing in the collective."""
-        if isinstance(error, CollectiveAborted | CollectiveTimeout | RankFailed):
+        if isinstance(error, CollectiveError | RankFailed):
             said = self._channel.failures(FAREWELL)
             if said:
                 return "; ".join(f"rank {rank} failed: {why}" for rank, why in sorted(said.items()))
@@ -196,7 +196,7 @@ def as_flm_error(error: Exception) -> FlmError:
     """An error of the kernels or of ours, as the one tree that users see."""
     if isinstance(error, FlmError):
         return error
-    if isinstance(error, CollectiveAborted | CollectiveTimeout):
+    if isinstance(error, CollectiveError):
         return RankFailed(str(error))
     if isinstance(error, DeviceMemoryFull):
         return DoesNotFit(str(error))

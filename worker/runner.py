@@ -17,33 +17,12 @@ from numpy.typing import NDArray
 from flm.kernels.backend import Backend, Graph, SamplingBatch
 from flm.worker.layers.loading import StepInputs
 from flm.worker.model import Decoder
-from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
-from flm.worker.sampling import SamplingRow, build_batch
+from flm.worker.plan import Sampled, Scheduled, StepPlan, StepResult
+from flm.worker.sampling import build_batch
+from flm.worker.slot_state import SlotState
 from flm.worker.step_positions import step_positions
 
 Array = Any
-
-
-class SlotState:
-    """What one rank knows of one running sequence."""
-
-    def __init__(self, new: NewSequence, max_context: int, adapter: int = -1) -> None:
-        self.tokens: NDArray[np.int32] = np.empty(max_context + 1, np.int32)
-        self.count = 0
-        self.blocks = 0
-        self.adapter = adapter  # its number, -1 for none
-        self.positions: Any = None  # what the runner's step positions know of it
-        self.row = SamplingRow(new.params, new.token_ids, new.num_prompt)
-        self._extend(new.token_ids)
-
-    def append(self, tokens: list[int]) -> None:
-        """Tokens sampled since."""
-        self._extend(tokens)
-        self.row.append(tokens)
-
-    def _extend(self, tokens: list[int]) -> None:
-        self.tokens[self.count : self.count + len(tokens)] = tokens
-        self.count += len(tokens)
 
 
 class Runner:
@@ -103,24 +82,28 @@ class Runner:
 
     def capture_ahead(self) -> None:
         """Capture decode steps of every size that the backend wants ready, and run them: nothing is compiled later."""
-        if (
-            not self._sizes or self.model.comm.size > 1
-        ):  # ranks that join one after another cannot run together yet
+        if not self._sizes:
             return
         tokens, rows = len(self._ids_T), len(self._rows_S)
         self._pad(0, tokens)
-        self._staged.push()
-        for count in {min(2 * rows + 1, tokens), tokens}:  # prompts
-            self._logits(count, min(rows, count), True)
         adapted = (False, True) if self.model.adapters else (False,)
-        for with_adapters, size, greedy in product(adapted, self._sizes, (True, False)):
-            self._adapted = with_adapters
-            graph, _ = self._captured(size, greedy)
-            for _ in range(2):  # the first compiles, the second may be made into one launch
-                graph.replay()
+        with self.model.comm.watched():
+            self._staged.push()
+            for count in sorted({min(2 * rows + 1, tokens), tokens}):  # prompts
+                self._logits(count, min(rows, count), self.leader)
+            for with_adapters, size, greedy in product(adapted, self._sizes, (True, False)):
+                self._adapted = with_adapters
+                # followers never sample, but take part in every replay
+                graph, _ = self._captured(size, greedy and self.leader)
+                for _ in range(2):  # the first compiles, the second may be made into one launch
+                    graph.replay()
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Carry out one plan; a StepResult on the leader, None on the others."""
+        with self.model.comm.watched():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepResult | None:
         self._apply(plan)
         tokens = self._fill(plan.scheduled)
         self._fill_adapters(plan.scheduled)
@@ -133,6 +116,10 @@ class Runner:
 
     def all_logits(self, plan: StepPlan) -> NDArray[np.float32]:
         """float32 [T, vocab]: the logits of every token that the plan computes."""
+        with self.model.comm.watched():
+            return self._all_logits(plan)
+
+    def _all_logits(self, plan: StepPlan) -> NDArray[np.float32]:
         self._apply(plan)
         tokens = self._fill(plan.scheduled)
         self._fill_adapters(plan.scheduled)

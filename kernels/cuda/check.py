@@ -25,3 +25,14 @@ def dimensions(name: str, array: Array, count: int) -> tuple[int, ...]:
     if array.ndim != count:
         raise ShapeError(f"{name}: {count} dimensions expected, got shape {tuple(array.shape)}")
     return tuple(array.shape)
+
+
+def address_of(array: Array) -> int:
+    """Where an array lies: CuPy's, or that of an emulated device."""
+    return int(array.ctypes.data if hasattr(array, "ctypes") else array.data.ptr)
+
+
+def check_aligned(name: str, array: Array) -> None:
+    """ShapeError where an array does not begin at a multiple of 16 bytes, which kernels read at once."""
+    if address_of(array) % 16:
+        raise ShapeError(f"{name}: an array that begins at a multiple of 16 bytes expected")

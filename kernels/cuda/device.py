@@ -1,4 +1,4 @@
-"""CupyDevice: the Device of a machine with a GPU. The only file that imports cupy, and only once a device is made."""
+"""CupyDevice: the Device of a machine with a GPU. Imports cupy only once a device is made."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 
 from flm.kernels.cuda.jit import OLDEST_ARCH, Progress, compile_all, compile_kernel
 from flm.kernels.cuda.kernel import Kernel
-from flm.kernels.errors import DeviceMemoryFull, UnsupportedDevice
+from flm.kernels.errors import DeviceFailed, DeviceMemoryFull, KernelError, UnsupportedDevice
 
 Array = Any
 STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
+MOST_STAGED = 64  # staging copies that may be under way
+NO_MEMORY = 2  # cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY
 
 
 def _cupy() -> Any:
@@ -56,7 +58,9 @@ class CupyDevice:
                 f"compute capability 8.0 or newer expected, {self.name} has {self.arch / 10}"
             )
         self._functions: dict[Kernel, Any] = {}
-        self._staged: dict[int, Any] = {}
+        self._staged: list[Any] = []
+        self._errors = (runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError)
+        self.bus: str = runtime.deviceGetPCIBusId(ordinal)
 
     def prepare(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
         """Compile all that are not yet compiled, at once, and load them."""
@@ -77,17 +81,77 @@ class CupyDevice:
         try:
             return make()
         except self._cp.cuda.memory.OutOfMemoryError as e:
-            free, total = self._cp.cuda.runtime.memGetInfo()
             wanted = re.search(r"allocating ([\d,]+) bytes", str(e))
-            raise DeviceMemoryFull(int(wanted[1].replace(",", "")) if wanted else 0, free, total) from e
+            raise self._full(int(wanted[1].replace(",", "")) if wanted else 0) from e
+        except self._errors as e:
+            raise self._failure(e) from e
+
+    def _full(self, wanted: int) -> DeviceMemoryFull:
+        return DeviceMemoryFull(wanted, *self._cp.cuda.runtime.memGetInfo())
+
+    def _failure(self, error: Exception) -> KernelError:
+        """What CuPy raised, as one of ours."""
+        if getattr(error, "status", 0) == NO_MEMORY:
+            return self._full(0)
+        return DeviceFailed(f"{self.ordinal} ({self.name})", str(error))
 
     def upload(self, host: Any, array: Array) -> None:
-        """array = host. The staging copy is kept until the next upload of the same array, which comes a step later."""
-        staged = self._staged[array.data.ptr] = _pinned(self._cp, host)
-        array.set(staged)
+        """array = host, on the current stream. Staging copies are kept until the GPU has read them."""
+        try:
+            if len(self._staged) == MOST_STAGED:
+                self.synchronize()
+                self._staged.clear()
+            self._staged.append(_pinned(self._cp, host))
+            array.set(self._staged[-1])
+        except self._errors as e:
+            raise self._failure(e) from e
 
     def download(self, array: Array) -> Any:
-        return self._cp.asnumpy(array)
+        try:
+            return self._cp.asnumpy(array)
+        except self._errors as e:
+            raise self._failure(e) from e
+
+    def use(self) -> None:
+        """Make it the calling thread's device."""
+        self._cp.cuda.Device(self.ordinal).use()
+
+    def stream(self) -> int:
+        """The address of the current stream."""
+        return int(self._cp.cuda.get_current_stream().ptr)
+
+    def synchronize(self) -> None:
+        """Wait for what was launched. Raises DeviceFailed where it met an error."""
+        try:
+            self._cp.cuda.get_current_stream().synchronize()
+        except self._errors as e:
+            raise self._failure(e) from e
+
+    def share(self, nbytes: int) -> tuple[int, bytes]:
+        """The address of new memory, zeroed, and what another process maps it by. It lives as long as this process: handles
+        stand for whole allocations, so it does not come from CuPy's pool."""
+        runtime = self._cp.cuda.runtime
+        try:
+            address = runtime.malloc(nbytes)
+            runtime.memset(address, 0, nbytes)
+            runtime.deviceSynchronize()
+            return int(address), bytes(runtime.ipcGetMemHandle(address))
+        except self._errors as e:
+            raise self._failure(e) from e
+
+    def attach(self, handle: bytes) -> int:
+        """The address of another process' memory, also that of a GPU which this process does not see."""
+        try:
+            return int(self._cp.cuda.runtime.ipcOpenMemHandle(handle))
+        except self._errors as e:
+            raise UnsupportedDevice(f"memory of another rank's GPU cannot be mapped: {e}") from e
+
+    def host_words(self, count: int) -> tuple[Any, Any]:
+        """Zeroed words that host and kernels both reach: a kernel's argument, and the host's int32 view."""
+        memory = self._cp.cuda.alloc_pinned_memory(4 * count)
+        words = np.frombuffer(memory, np.int32, count)
+        words[...] = 0
+        return np.uint64(memory.ptr), words
 
     def free_memory(self) -> int:
         """Bytes that can still be had, with those that CuPy keeps for later."""
@@ -96,6 +160,20 @@ class CupyDevice:
 
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """The calls' launches as a CUDA graph, launched on the current stream."""
+        try:
+            graph = self._captured(calls)
+        except self._errors as e:
+            raise self._failure(e) from e
+
+        def launch() -> None:
+            try:
+                graph.launch()
+            except self._errors as e:
+                raise self._failure(e) from e
+
+        return launch
+
+    def _captured(self, calls: list[Callable[[], None]]) -> Any:
         stream = self._cp.cuda.Stream(non_blocking=True)
         self._cp.cuda.get_current_stream().synchronize()
         with stream:
@@ -106,7 +184,7 @@ class CupyDevice:
             finally:
                 graph = stream.end_capture()
         graph.upload(stream)
-        return lambda: graph.launch()
+        return graph
 
     def _dtype(self, dtype: Any) -> Any:
         if str(dtype) != "bfloat16":
@@ -124,7 +202,10 @@ class CupyDevice:
             function = self._functions[kernel] = self._load(str(compiled.path), compiled.symbol)
         if shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
-        function((*grid, 1, 1)[:3], (block, 1, 1), tuple(map(_argument, args)), shared_mem=shared)
+        try:
+            function((*grid, 1, 1)[:3], (block, 1, 1), tuple(map(_argument, args)), shared_mem=shared)
+        except self._errors as e:
+            raise self._failure(e) from e
 
 
 def _pinned(cp: Any, host: Any) -> Any:

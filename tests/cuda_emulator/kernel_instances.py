@@ -90,7 +90,8 @@ INSTANCES: dict[Kernel, int] = {
     experts.scale_kernel("bfloat16", "float16", 2048, True): 40,
     staging.scatter_kernel(): 32,
     sampling.kernel(): 64,
-    all_reduce.kernel("bfloat16"): 64,
+    **dict.fromkeys(all_reduce.kernels("bfloat16"), 64),
+    instance("all_reduce.cu", "broadcast", "float32"): 64,
     all_reduce.fused_kernel("float32", "float16"): 64,
     all_reduce.fused_kernel("bfloat16", "bfloat16"): 64,
     # attention: of decode two blocks of 128 threads a multiprocessor at least, of prefill one of 256

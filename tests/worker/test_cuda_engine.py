@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated_group import EmulatedGroup
 from emulator import EmulatedDevice
 
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.errors import DeviceMemoryFull
 from flm.worker import Engine, SamplingParams, rank
+from flm.worker import engine as engine_module
+from flm.worker.comm_cuda import CudaCommunicator
 from flm.worker.errors import BackendUnavailable, DoesNotFit, InvalidRequest
 from flm.worker.replica import as_flm_error
 
@@ -158,3 +161,46 @@ def test_a_full_gpu_is_told_with_the_plans_numbers(monkeypatch: pytest.MonkeyPat
         "rank 0, with 0 MiB of KV cache (320 tokens): the GPU has no room for 1,024 MiB more: 256 MiB" in said
     )
     assert isinstance(as_flm_error(DeviceMemoryFull(1, 2, 3)), DoesNotFit)
+
+
+def test_two_ranks_through_mapped_memory_captured(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks meet, capture their decode steps together, and give the tokens of one rank, in company and alone."""
+    ids, want = reference("llama31")
+    group = EmulatedGroup(2, device)
+    threads = engine_module.ThreadCommunicator
+
+    class Joined:
+        buffer = staticmethod(threads.buffer)
+
+        def __new__(cls, buffer: Any, number: int, size: int, backend: Any, timeout: float) -> Any:
+            return CudaCommunicator(threads(buffer, number, size, backend, timeout), backend.device, timeout)
+
+    monkeypatch.setattr(engine_module, "ThreadCommunicator", Joined)
+    backends = [CudaBackend(rank_device) for rank_device in group.devices]  # type: ignore[arg-type]
+    monkeypatch.setattr(rank, "open_backend", lambda *_: backends.pop())
+    prompts = [ids, [*ids[3:], 17]]
+    plain = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    with Engine(
+        GOLDEN / "llama31",
+        device="cuda",
+        tensor_parallel=2,
+        max_sequences=2,
+        max_step_tokens=16,
+        hang_timeout=100.0,  # kernels may have to be built for the emulator meanwhile
+    ) as engine:
+        whole = engine.logits(ids)
+        assert relative(whole, want) < TOLERANCE["bfloat16"]
+        np.testing.assert_array_equal(engine.logits(ids, chunk=5), whole)
+        together = [done.token_ids for done in engine.generate(prompts, plain)]
+        assert together == [engine.generate([prompt], plain)[0].token_ids for prompt in prompts]
+        assert sorted(each.recorded for each in group.devices) == [2, 4]  # followers do not sample
+        engine.replica.check()
+    with cuda_alone(device, monkeypatch) as engine:
+        assert [done.token_ids for done in engine.generate(prompts, plain)] == together
+
+
+def cuda_alone(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(rank, "open_backend", lambda *_: CudaBackend(device))
+    return Engine(GOLDEN / "llama31", device="cuda", max_sequences=2, max_step_tokens=16)

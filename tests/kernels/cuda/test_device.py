@@ -4,60 +4,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from fake_cupy import CUDADriverError, CUDARuntimeError, FakeCupy
 
 from flm.kernels.cuda import nvrtc
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.device import CupyDevice
-from flm.kernels.errors import DeviceMemoryFull, ToolkitMissing, UnsupportedDevice
+from flm.kernels.errors import DeviceFailed, DeviceMemoryFull, ToolkitMissing, UnsupportedDevice
 from flm.worker import Engine
 from flm.worker.errors import BackendUnavailable
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 
 
-class CUDARuntimeError(RuntimeError):
-    pass
-
-
-class OutOfMemoryError(MemoryError):
-    pass
-
-
-def fake_cupy(count=1, driver=13000, runtime=13000, major=9):
-    """A cupy with `count` GPUs; count None: no driver."""
-
-    def get_device_count():
-        if count is None:
-            raise CUDARuntimeError("cudaErrorInsufficientDriver")
-        return count
-
-    def empty(shape, dtype):
-        raise OutOfMemoryError("Out of memory allocating 2,147,483,648 bytes (allocated so far: 0 bytes)")
-
-    calls = SimpleNamespace(
-        getDeviceCount=get_device_count,
-        CUDARuntimeError=CUDARuntimeError,
-        driverGetVersion=lambda: driver,
-        runtimeGetVersion=lambda: runtime,
-        getDeviceProperties=lambda n: {"major": major, "minor": 0, "name": b"Fake", "multiProcessorCount": 4},
-        memGetInfo=lambda: (1 << 30, 8 << 30),
-    )
-    memory = SimpleNamespace(OutOfMemoryError=OutOfMemoryError)
-    device = lambda ordinal: SimpleNamespace(use=lambda: None)
-    return SimpleNamespace(cuda=SimpleNamespace(runtime=calls, memory=memory, Device=device), empty=empty)
-
-
 @pytest.mark.parametrize(
     ("cupy", "said"),
     [
         (None, "cupy is not installed: pip install 'flm-cluster\\[cuda13\\]'"),
-        (fake_cupy(count=None), "no usable NVIDIA driver: cudaErrorInsufficientDriver"),
-        (fake_cupy(count=0), "GPU 0 asked for, 0 visible; see nvidia-smi and CUDA_VISIBLE_DEVICES"),
-        (fake_cupy(driver=12040), "a driver for CUDA 13 expected, this one knows CUDA 12.4; update it"),
-        (fake_cupy(major=7), "compute capability 8.0 or newer expected, Fake has 7.0"),
+        (FakeCupy(count=None), "no usable NVIDIA driver: cudaErrorInsufficientDriver"),
+        (FakeCupy(count=0), "GPU 0 asked for, 0 visible; see nvidia-smi and CUDA_VISIBLE_DEVICES"),
+        (FakeCupy(driver=12040), "a driver for CUDA 13 expected, this one knows CUDA 12.4; update it"),
+        (FakeCupy(major=7), "compute capability 8.0 or newer expected, Fake has 7.0"),
     ],
 )
 def test_unusable_machines_are_refused(monkeypatch, cupy, said):
@@ -73,10 +42,59 @@ def test_an_engine_without_a_gpu_says_which_device(monkeypatch):
 
 
 def test_a_full_gpu_is_told_with_its_numbers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
     backend = CudaBackend(CupyDevice())
     with pytest.raises(DeviceMemoryFull, match="no room for 2,048 MiB more: 1,024 MiB of 8,192 MiB are free"):
-        backend.empty((1 << 31,))
+        backend.empty((1 << 29,))
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    module = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def test_what_a_gpu_fails_with_is_told(cupy):
+    device = CupyDevice()
+    array = device.empty((4,), "float32")
+    uses = (
+        lambda: device.download(array),
+        lambda: device.share(64),
+        device.synchronize,
+    )
+    for use in uses:
+        cupy.fails = CUDARuntimeError(
+            "cudaErrorIllegalAddress: an illegal memory access was encountered", 700
+        )
+        with pytest.raises(DeviceFailed, match=r"GPU 0 \(Fake\): cudaErrorIllegalAddress.*nvidia-smi.*Xid"):
+            use()
+        cupy.fails = CUDADriverError("CUDA_ERROR_OUT_OF_MEMORY: out of memory", 2)
+        with pytest.raises(
+            DeviceMemoryFull, match="no room for something more: 1,024 MiB of 8,192 MiB are free"
+        ):
+            use()
+    with pytest.raises(UnsupportedDevice, match="another rank's GPU cannot be mapped: CUDA_ERROR_OUT"):
+        device.attach(bytes(64))
+
+
+def test_memory_that_processes_share(cupy):
+    device = CupyDevice()
+    address, handle = device.share(64)
+    assert len(handle) == 64 and not cupy.allocations[address].any()
+    assert device.attach(handle) == address and cupy.opened == [(handle, 1)]
+    argument, words = device.host_words(2)
+    assert isinstance(argument, np.uint64) and words.tolist() == [0, 0] and words.ctypes.data == int(argument)
+    assert (device.bus, device.stream()) == ("0000:00:00.0", 7)
+
+
+def test_staging_copies_do_not_pile_up(cupy):
+    device = CupyDevice()
+    array = device.empty((4,), "float32")
+    for i in range(200):
+        device.upload(np.full(4, i, np.float32), array)
+        assert len(device._staged) <= 64
+    assert cupy.synchronized == 3 and array[0] == 199
 
 
 def test_a_missing_compiler_is_told_with_what_to_install(monkeypatch):

@@ -34,10 +34,11 @@ class Calls(Generic[S]):
         sampling: Sampling | None = None,
         *,
         model: str = "",
+        adapter: str = "",
         timeout: float | None = None,
     ) -> S:
-        """Continue a prompt, given as text or as token ids."""
-        request = generate_request(prompt, sampling, model)
+        """Continue a prompt, given as text or as token ids. `adapter`: one of the model's LoRA adapters."""
+        request = generate_request(prompt, sampling, model, adapter)
         return self._stream(self._stub.Generate(request, timeout=timeout, metadata=self._metadata))
 
     def chat(
@@ -46,8 +47,9 @@ class Calls(Generic[S]):
         sampling: Sampling | None = None,
         *,
         model: str = "",
+        adapter: str = "",
         timeout: float | None = None,
     ) -> S:
-        """Answer a conversation; a string is one message of the user."""
-        request = chat_request(messages, sampling, model)
+        """Answer a conversation; a string is one message of the user. `adapter`: one of the model's LoRA adapters."""
+        request = chat_request(messages, sampling, model, adapter)
         return self._stream(self._stub.Chat(request, timeout=timeout, metadata=self._metadata))

@@ -94,16 +94,17 @@ class Sampling:
         return options
 
 
-def _name(model: str) -> str:
-    """A model's name that every message takes."""
-    with _field("model"):
-        return str(flm_pb2.GetModelInfoRequest(model=model).model)
+def _name(name: str, field: str = "model") -> str:
+    """A name that every message takes."""
+    with _field(field):
+        return str(flm_pb2.GetModelInfoRequest(model=name).model)
 
 
 def generate_request(
-    prompt: str | Sequence[int], sampling: Sampling | None, model: str
+    prompt: str | Sequence[int], sampling: Sampling | None, model: str, adapter: str
 ) -> flm_pb2.GenerateRequest:
-    request = flm_pb2.GenerateRequest(model=_name(model), sampling=(sampling or Sampling()).to_proto())
+    options, name = (sampling or Sampling()).to_proto(), _name(adapter, "adapter")
+    request = flm_pb2.GenerateRequest(model=_name(model), adapter=name, sampling=options)
     with _field("prompt"):
         if isinstance(prompt, str):
             request.prompt = prompt
@@ -113,9 +114,10 @@ def generate_request(
 
 
 def chat_request(
-    messages: str | Sequence[Message], sampling: Sampling | None, model: str
+    messages: str | Sequence[Message], sampling: Sampling | None, model: str, adapter: str
 ) -> flm_pb2.ChatRequest:
-    request = flm_pb2.ChatRequest(model=_name(model), sampling=(sampling or Sampling()).to_proto())
+    options, name = (sampling or Sampling()).to_proto(), _name(adapter, "adapter")
+    request = flm_pb2.ChatRequest(model=_name(model), adapter=name, sampling=options)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     with _field("messages", "expected a sequence"):

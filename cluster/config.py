@@ -7,14 +7,15 @@ Sizes are bytes, times seconds.
 from __future__ import annotations
 
 import ipaddress
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic import WithJsonSchema as JsonSchema
 
+from flm.cluster.adapter_fields import AdapterFields
 from flm.cluster.hardware import NodeSpec
+from flm.cluster.names import Name
 from flm.cluster.prompt_fields import PromptFields
 from flm.cluster.quantization import Quantization
 from flm.cluster.reconcile import DRAIN_TIMEOUT
@@ -36,14 +37,6 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are errors, numbers in quotes too, and nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _name(value: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", value):
-        raise ValueError(
-            f"expected 1 to 63 letters, digits, '.', '_' or '-' with a letter or digit at both ends, got {value!r}"
-        )
-    return value
 
 
 def _listen(value: str) -> str:
@@ -75,7 +68,6 @@ def is_loopback(listen: str) -> bool:
         return False
 
 
-Name = Annotated[str, AfterValidator(_name)]
 Listen = Annotated[str, AfterValidator(_listen)]
 
 
@@ -156,7 +148,7 @@ _REPLICAS_SCHEMA = {
 }
 
 
-class ModelSection(Section, PromptFields):
+class ModelSection(Section, AdapterFields, PromptFields):
     """One served model. Zeros of max_context and threads mean: the checkpoint's own; an equal share of the cores."""
 
     name: Name
@@ -226,9 +218,11 @@ def _with_absolute_paths(config: ClusterConfig, folder: Path) -> ClusterConfig:
     def absolute(path: str) -> str:
         return path if path.startswith("package:") else str(folder / Path(path).expanduser())
 
-    update: dict[str, Any] = {
-        "models": [m.model_copy(update={"path": absolute(m.path)}) for m in config.models]
-    }
+    def of_model(model: ModelSection) -> ModelSection:
+        adapters = {n: a.model_copy(update={"path": absolute(a.path)}) for n, a in model.adapters.items()}
+        return model.model_copy(update={"path": absolute(model.path), "adapters": adapters})
+
+    update: dict[str, Any] = {"models": [of_model(model) for model in config.models]}
     if config.gateway.tls is not None:  # read by the gateway and by later commands, from other folders
         files = {key: absolute(path) for key, path in config.gateway.tls}
         tls = config.gateway.tls.model_copy(update=files)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flm.cluster.shapes import Shapes
 from flm.kernels.cuda import step_calls
 from flm.kernels.staging import HostMemory
+from flm.worker.adapter import AdapterSource
 from flm.worker.caches import block_bytes
 from flm.worker.config import ShardSpec
 from flm.worker.errors import ConfigError
@@ -33,6 +34,7 @@ class Demand:
     max_context: int = 0  # 0: the checkpoint's
     max_sequences: int = 64
     block_size: int = 16
+    adapters: tuple[AdapterSource, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class RankSize:
     read_bytes: int
     kv_bytes: int
     runtime_bytes: int
+    adapter_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.runtime_bytes
+        return self.weight_bytes + self.kv_bytes + self.runtime_bytes + self.adapter_bytes
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,13 @@ def rank_sizes(demand: Demand, shapes: Shapes) -> tuple[list[RankSize], KVPlan]:
         shapes.shard(demand.tensor_parallel, r, demand.quantization, demand.expert_parallel)
         for r in range(demand.tensor_parallel)
     ]
-    weights = [_weights(demand, shapes, shard) for shard in shards]
+    adapters = shapes.adapters(demand.adapters)
+    weights = [(*_weights(demand, shapes, s), sum(a.nbytes(s) for a in adapters)) for s in shards]
     runtime = RUNTIME_BYTES[demand.device]
     kv = _kv(demand, shapes, shards[0])
     block_bytes = kv.bytes_per_token * demand.block_size
-    return [RankSize(held, read, kv.blocks * block_bytes, runtime) for held, read in weights], kv
+    cached = kv.blocks * block_bytes
+    return [RankSize(held, read, cached, runtime, adapted) for held, read, adapted in weights], kv
 
 
 def context(demand: Demand, shapes: Shapes) -> int:

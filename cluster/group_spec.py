@@ -30,6 +30,7 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         max_step_tokens=model.max_step_tokens,
         max_queue=model.max_queue,
         hang_timeout=model.hang_timeout,
+        adapters=model.adapter_sources,
         threads=max(1, model.threads),
         run_dir=str(run_root / uuid.uuid4().hex[:8]),
     )

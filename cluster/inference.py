@@ -45,7 +45,7 @@ class Inference(flm_pb2_grpc.InferenceServicer):
             prompt_ids = list(request.prompt_ids.ids)
             check_ids(prompt_ids, model.tokenizer.vocab_size, "prompt_ids.ids")
             prompt = await _decode(model, prompt_ids) if request.sampling.echo else ""
-        await self._complete(model, prompt, prompt_ids, request.sampling, context, chat=False)
+        await self._complete(model, prompt, prompt_ids, request, context, chat=False)
 
     @typed_errors
     async def Chat(self, request: flm_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
@@ -54,20 +54,20 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         prompt, text = await model.chats.render(messages)
         _check_length(model, text)
         prompt_ids = await _off_loop(text, prompt.encode)
-        await self._complete(model, text, prompt_ids, request.sampling, context, chat=True)
+        await self._complete(model, text, prompt_ids, request, context, chat=True)
 
     async def _complete(
         self,
         model: LoadedModel,
         prompt: str,
         prompt_ids: list[int],
-        sampling: flm_pb2.SamplingOptions,
+        request: flm_pb2.GenerateRequest | flm_pb2.ChatRequest,
         context: grpc.aio.ServicerContext,
         *,
         chat: bool,
     ) -> None:
-        options = admit(sampling, len(prompt_ids), model.spec.max_context, model.sampling)
-        options = model.with_ends(options, chat=chat)
+        options = admit(request.sampling, len(prompt_ids), model.spec.max_context, model.sampling)
+        options = model.with_ends(model.with_adapter(options, request.adapter), chat=chat)
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
         echo = prompt if options.echo else ""

@@ -37,6 +37,7 @@ class RankPlan:
     weight_bytes: int
     kv_bytes: int
     total_bytes: int
+    adapter_bytes: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ class Plan:
     def table(self) -> Table:
         """A table for people: one row per rank; what concerns a whole replica stands at its rank 0."""
         source = "measured here" if self.hardware.measured else "as named in the file"
-        models = [f"{m.name}: {format_count(m.parameters)} parameters, {m.precision}" for m in self.models]
+        models = [
+            f"{m.name}: {format_count(m.parameters)} parameters, {m.precision}{_with_adapters(m)}"
+            for m in self.models
+        ]
         title = "\n".join([f"Plan for hardware {source}; all figures are estimates.", *models])
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in COLUMNS:
@@ -112,7 +116,7 @@ class Plan:
                     model.name if first and rank.replica == 0 else "",
                     f"{rank.replica}.{rank.rank}",
                     f"{rank.node} {rank.device}" if rank.node else "nowhere",
-                    format_bytes(rank.weight_bytes),
+                    format_bytes(rank.weight_bytes + rank.adapter_bytes),
                     format_bytes(rank.kv_bytes),
                     *(whole if first else ("", "", "")),
                 )
@@ -129,6 +133,12 @@ class Plan:
             "models": [asdict(model) for model in self.models],
             "hardware": {"measured": self.hardware.measured, "nodes": nodes},
         }
+
+
+def _with_adapters(model: ModelPlan) -> str:
+    """What of the ranks' weights is adapters; empty where there are none."""
+    most = max(rank.adapter_bytes for rank in model.ranks)
+    return f", and {format_bytes(most)} of adapters a rank" if most else ""
 
 
 def plan_cluster(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
@@ -154,6 +164,7 @@ def demand_of(model: ModelSection) -> Demand:
         kv_memory=model.kv_cache.memory,
         max_context=model.max_context,
         max_sequences=model.max_sequences,
+        adapters=model.adapter_sources,
     )
 
 
@@ -168,7 +179,7 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
             shapes = read_shapes(demand.path)
         except CheckpointError as error:
             raise ConfigError(str(error), field=f"models[{index}].path") from error
-        missing_there = missing_on_gpus(shapes.config) if hardware.measured else ""
+        missing_there = missing_on_gpus(shapes.config, bool(demand.adapters)) if hardware.measured else ""
         if demand.device == "auto":
             demand = replace(demand, device=_device(hardware, missing_there))
         elif demand.device == "cuda" and missing_there:
@@ -179,6 +190,8 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
             model, missing = _plan_model(demand, shapes, ledgers)
         except ConfigError as error:
             raise ConfigError(error.message, field=f"models[{index}].{error.field}") from None
+        except CheckpointError as error:
+            raise ConfigError(str(error), field=f"models[{index}].adapters") from error
         models.append(model)
         problems += missing
         obstacles += [f"model {demand.name}: {shapes.unservable}"] if shapes.unservable else []
@@ -232,7 +245,8 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
 
 
 def _rank_plan(replica: int, rank: int, node: str, device: str, size: RankSize) -> RankPlan:
-    return RankPlan(replica, rank, node, device, size.weight_bytes, size.kv_bytes, size.total_bytes)
+    sizes = (size.weight_bytes, size.kv_bytes, size.total_bytes, size.adapter_bytes)
+    return RankPlan(replica, rank, node, device, *sizes)
 
 
 def _roofline(device: str, places: list[NodeLedger], sizes: list[RankSize]) -> float | None:

@@ -82,6 +82,7 @@ def to_request(request: flm_pb2.ReplicaGenerateRequest) -> Request:
             stop_token_ids=tuple(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
             logprobs=request.logprobs if request.HasField("logprobs") else None,
+            adapter=request.adapter,
         ),
         resumed_ids=tuple(request.resumed_ids),
         priority=request.priority,

@@ -45,8 +45,8 @@ class TokenStream:
         self._deadline = deadline
         self._replica_wait = replica_wait
         self._prompt_ids = prompt_ids
-        self._salt = options.cache_salt
         params = options.params_of(index)
+        self._salt = f"{params.adapter} {options.cache_salt}"  # what shares cached prefixes
         self._max_tokens = min(params.max_tokens, max_context - len(prompt_ids))
         self._name = f"{options.request_id}/{index}"
         self._request = flm_pb2.ReplicaGenerateRequest(
@@ -65,6 +65,7 @@ class TokenStream:
             logprobs=params.logprobs,
             priority=options.priority,
             cache_salt=options.cache_salt,
+            adapter=params.adapter,
         )
 
     async def frames(self) -> AsyncGenerator[flm_pb2.ReplicaFrame]:

@@ -16,6 +16,7 @@ from flm.cluster.replicas import Replicas
 from flm.cluster.state import ModelFacts
 from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2
+from flm.worker.errors import AdapterNotFound
 from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.files import checked, load_tokenizer
@@ -35,6 +36,7 @@ class ServedModel:
     rows: int = 0  # of its embedding, 0 where that is not known
     eos_token_ids: tuple[int, ...] = ()  # those at which a worker ends a text by itself
     generation_config: bool = True  # whether that of the checkpoint says how to sample by default
+    adapters: tuple[str, ...] = ()  # their names
 
 
 def served_model(model: ModelSection, facts: ModelFacts) -> ServedModel:
@@ -50,6 +52,7 @@ def served_model(model: ModelSection, facts: ModelFacts) -> ServedModel:
         facts.rows,
         facts.eos_token_ids,
         model.generation_config == "auto",
+        tuple(model.adapters),
     )
 
 
@@ -91,6 +94,12 @@ class LoadedModel:
         self._more_ends = tuple(i for i in self._eos_token_ids if i not in own)
         self.token_text: Callable[[int], str] = lru_cache(maxsize=65536)(words.tokenizer.token_text)
 
+    def with_adapter(self, options: Options, name: str) -> Options:
+        """The options for an adapter, "" for none. Raises AdapterNotFound."""
+        if name and name not in self.spec.adapters:
+            raise AdapterNotFound(name, self.spec.adapters)
+        return replace(options, params=replace(options.params, adapter=name)) if name else options
+
     def with_ends(self, options: Options, *, chat: bool) -> Options:
         """The options with what ends an answer besides the ids that workers know; none for ignore_eos."""
         params = options.params
@@ -118,6 +127,7 @@ class LoadedModel:
             wanted_replicas=self.replicas.wanted or 0,
             eos_token_ids=self._eos_token_ids,
             has_chat_template=not self.template.problem,
+            adapters=self.spec.adapters,
         )
 
     async def close(self) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from flm.worker.adapter import Adapter, AdapterSource, open_adapters
 from flm.worker.canonical import EMBEDDING, decoder_tensors
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.config import ModelConfig, ShardSpec
@@ -60,6 +63,7 @@ class Shapes:
     precision: str
     unservable: str = ""
     checkpoint: Checkpoint | None = None  # where there are weights
+    place: Path | None = None
 
     def shard(
         self, tensor_parallel: int, rank: int, quantization: str, expert_parallel: bool = False
@@ -70,6 +74,11 @@ class Shapes:
         precision = parse_quantization(quantization)
         group = precision.group if precision.format in ("int4", "int8") else 1
         return ShardSpec(self.config, tensor_parallel, rank, group, expert_parallel)
+
+    def adapters(self, sources: Sequence[AdapterSource]) -> tuple[Adapter, ...]:
+        """Adapters of this model. CheckpointError where one does not belong to it or cannot be served."""
+        assert self.place is not None or not sources, "shapes of no model on disk"
+        return open_adapters(sources, self.place, self.config) if self.place else ()
 
     @property
     def parameters(self) -> int:
@@ -84,7 +93,7 @@ def read_shapes(path: str) -> Shapes:
     if found.is_file() or any(found.glob("*.safetensors")):
         checkpoint = open_checkpoint(found)
         weights = _decoder(checkpoint.config, {n: checkpoint.storage(n) for n in checkpoint.shapes})
-        return Shapes(checkpoint.config, weights, checkpoint.quantization, checkpoint=checkpoint)
+        return Shapes(checkpoint.config, weights, checkpoint.quantization, checkpoint=checkpoint, place=found)
     fields = read_json(found / "config.json")
     dtype = fields.get("torch_dtype") or fields.get("dtype") or "bfloat16"
     if dtype not in FLOAT_BITS:
@@ -92,7 +101,11 @@ def read_shapes(path: str) -> Shapes:
     config = registry.read_config(found)[0]
     weights = _decoder(config, dict.fromkeys(decoder_tensors(config), Storage.of_floats(dtype, 0)))
     return Shapes(
-        config, weights, dtype, unservable=f"{found} holds config.json but no weights (*.safetensors)"
+        config,
+        weights,
+        dtype,
+        unservable=f"{found} holds config.json but no weights (*.safetensors)",
+        place=found,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from flm.kernels.adapter_ops import AdapterOps
 from flm.kernels.classic_ops import ClassicOps
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.rope import WIDEST_HEAD
@@ -11,11 +12,14 @@ from flm.kernels.recurrent_ops import RecurrentOps
 from flm.worker.config import ModelConfig
 
 
-def missing_on_gpus(config: ModelConfig) -> str:
-    """Which part of the model no kernel of ours computes on a GPU; empty where it can be served there."""
+def missing_on_gpus(config: ModelConfig, adapters: bool = False) -> str:
+    """Which part of the model no kernel of ours computes on a GPU; empty where it can be served there.
+
+    adapters: whether it has any."""
     a = config.attention
     classic = config.norm.kind == "layer" or not config.feed_forward.gated
     needs = [
+        (adapters, AdapterOps, "adapters"),
         (config.experts is not None, ExpertOps, "experts"),
         (a.latent is not None, LatentOps, "latent attention"),
         (a.recurrent, RecurrentOps, "recurrence"),

@@ -23,6 +23,7 @@ def chat(
     ] = "",
     system: Annotated[str, typer.Option(help="A system message that goes first.")] = "",
     model: options.Model = "",
+    adapter: options.Adapter = "",
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -46,7 +47,7 @@ def chat(
 
         def ask(said: list[Message]) -> Stream:
             options.say_if_none_is_ready(client, model)
-            return client.chat(said, sampling, model=model)
+            return client.chat(said, sampling, model=model, adapter=adapter)
 
         talk = Conversation(ask, system)
         if not message:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Option("--model", "-m", help="The served model; may be left out where there is only one.")
 ]
+Adapter = Annotated[str, typer.Option(help="One of the model's LoRA adapters.")]
 Address = Annotated[str, typer.Option("--address", help="host:port of a gateway, for a cluster elsewhere.")]
 ApiKey = Annotated[str, typer.Option(envvar="FLM_API_KEY", help="Key of that gateway.")]
 CaFile = Annotated[str, typer.Option(help="PEM of the authority to trust, where that gateway speaks TLS.")]

@@ -15,6 +15,7 @@ from flm.cluster.cli.options import ClusterOption
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads standard input.")],
     model: options.Model = "",
+    adapter: options.Adapter = "",
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -33,9 +34,10 @@ def generate(
 
     target = options.gateway_target(cluster, address, api_key, ca_file)
     sampling = Sampling(max_tokens, temperature, top_p=top_p, seed=seed, stop=stop or [])
+    text = options.text_argument(prompt)
     with options.gateway_client(target) as client:
         options.say_if_none_is_ready(client, model)
-        with client.generate(options.text_argument(prompt), sampling, model=model) as stream:
+        with client.generate(text, sampling, model=model, adapter=adapter) as stream:
             answer = read_answer(stream, no_show if as_json else show_text)
     print(json.dumps(answer.to_json()) if as_json else "")
     if stats:

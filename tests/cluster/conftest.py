@@ -32,7 +32,7 @@ async def start_cluster(tokenizer: Tokenizer) -> AsyncIterator[StartCluster]:
 
     async def start(replicas: int = 1, **options: object) -> FakeCluster:
         gateway = Gateway(
-            [ServedModel("m", MODEL, MAX_CONTEXT, "llama")],
+            [ServedModel("m", MODEL, MAX_CONTEXT, "llama", adapters=("sql", "poet"))],
             "127.0.0.1:0",
             load=lambda path: tokenizer,
             **({"replica_key": KEY} | options),  # type: ignore[arg-type]

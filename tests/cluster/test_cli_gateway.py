@@ -63,7 +63,8 @@ async def test_generate_streams_the_text(start_cluster: StartCluster) -> None:
 async def test_generate_reads_standard_input_and_prints_json(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
     options = ("--json", "--max-tokens", "5", "--temperature", "0", "--address", cluster.address)
-    ended = await run("generate", "-", *options, stdin=PROMPT)
+    ended = await run("generate", "-", "--adapter", "poet", *options, stdin=PROMPT)
+    assert cluster.seats[0].replica.accepted[0].params.adapter == "poet"
     found = json.loads(ended.out)
     expected = [t for f in await frames_of(cluster.address, max_tokens=5, temperature=0) for t in f.token_ids]
     assert found["token_ids"] == expected

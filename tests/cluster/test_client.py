@@ -45,6 +45,7 @@ MISFITS: list[tuple[str, Callable[[Any], Any]]] = [
     ("model", lambda client: client.generate("x", model="\udcff")),
     ("model", lambda client: client.chat("x", model="\udcff")),
     ("model", lambda client: client.model_info("\udcff")),
+    ("adapter", lambda client: client.generate("x", adapter="\udcff")),
     ("model", lambda client: client.ready("\udcff")),
     ("prompt", lambda client: client.generate("\udcff")),
     ("prompt", lambda client: client.generate([2**40])),

@@ -23,6 +23,7 @@ SAMPLES = [
     errors.BackendUnavailable("no OpenMP"),
     errors.DoesNotFit("needs 3 GiB"),
     errors.ModelNotFound("a", ["b"]),
+    errors.AdapterNotFound("a", ["b"]),
     errors.NotFound("replica r-1"),
     errors.Unauthenticated("a key"),
     errors.PermissionDenied("no"),

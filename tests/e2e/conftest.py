@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from running_cluster import MODEL, Cluster, flm_cluster, free_address, of_session
+from running_cluster import ADAPTER, MODEL, Cluster, adapter_of_smollm2, flm_cluster, free_address, of_session
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     gateway, admin = free_address(), free_address()
+    adapter_of_smollm2(folder / "adapter")
     (folder / "cluster.yaml").write_text(f"""
 name: e2e
 gateway: {{listen: "{gateway}"}}
@@ -24,6 +25,7 @@ models:
     replicas: 2
     max_context: 1024
     kv_cache: {{memory: 64MiB}}
+    adapters: {{{ADAPTER}: adapter}}
 """)
     up = flm_cluster("up", str(folder / "cluster.yaml"), "--detach", state=folder, timeout=170)
     assert up.returncode == 0, up.stdout + up.stderr

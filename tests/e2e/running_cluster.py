@@ -12,14 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
+from safetensors.numpy import save_file
 
 from flm.cluster.admin_client import AdminClient
 from flm.cluster.client import Client
 from flm.proto import flm_pb2
 from flm.worker.replica import IDLE_CHECK
 
-MODEL = "smollm2"
+MODEL, ADAPTER = "smollm2", "story"
 
 
 def flm_cluster(*arguments: str, state: Path, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
@@ -83,6 +85,20 @@ class Cluster:
         (endpoint,) = self.state.glob("flm-cluster/*/endpoint.json")
         session = json.loads(endpoint.read_text())["head_session"]
         return [p for p in of_session(session) if title in " ".join(p.cmdline())]
+
+
+def adapter_of_smollm2(directory: Path) -> None:
+    """A LoRA adapter with random factors, of a few modules in every layer."""
+    directory.mkdir()
+    rng, tensors = np.random.default_rng(3), {}
+    for layer in range(30):
+        for module, rows, cols in (("self_attn.q_proj", 576, 576), ("mlp.down_proj", 576, 1536)):
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = rng.standard_normal((4, cols)).astype(np.float32)
+            tensors[f"{name}.lora_B.weight"] = rng.standard_normal((rows, 4)).astype(np.float32)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 0.02}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 def of_session(session: int) -> list[psutil.Process]:

@@ -1,9 +1,11 @@
-"""Eight streams at once, half of them greedy and half sampled with seeds, and what came of each."""
+"""Eight streams at once, half of them greedy and half sampled with seeds, some through an adapter, and what came of each."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+
+from running_cluster import ADAPTER
 
 from flm.cluster.client import Client, Sampling
 from flm.proto import flm_pb2
@@ -26,7 +28,10 @@ class Outcome:
         )
         try:
             for frame in client.generate(
-                f"Tell a story about the {SUBJECTS[number]}.", sampling, timeout=120
+                f"Tell a story about the {SUBJECTS[number]}.",
+                sampling,
+                adapter=ADAPTER if number % 4 > 1 else "",
+                timeout=120,
             ):
                 self.token_ids += frame.token_ids
                 self.text += frame.text

@@ -131,7 +131,7 @@ def sampling_calls(device: Device, rows: int, vocab: int, greedy: bool) -> tuple
         batch.temperature_S[...], batch.top_p_S[...] = 1.0, 0.9
     there = sampling.upload(device, batch)
     ids, probabilities = device.empty((rows,), "int32"), device.empty((rows,), "float32")
-    room = device.empty((rows, vocab), "float32")
+    room = sampling.SamplingSpace(device, rows, vocab)
     call = lambda: sampling.sample(device, logits, there, ids, probabilities, room)
     return [call], rows * vocab * 4
 

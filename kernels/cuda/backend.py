@@ -40,6 +40,7 @@ class CudaBackend(ClassicCalls, ExpertCalls):
         self._mirrors = Mirrors(device)
         self._graph: CudaGraph | None = None
         self._spaces: dict[tuple[int, int, int], AttentionSpace] = {}
+        self._sampling: dict[int, sampling.SamplingSpace] = {}  # by vocabulary
         self._scratch: dict[tuple[str, tuple[int, ...]], Array] = {}
         self._areas: dict[tuple[str, str], Array] = {}
 
@@ -182,12 +183,12 @@ class CudaBackend(ClassicCalls, ExpertCalls):
             a if not on_host(a) else self._room(f"sampled{i}", a.shape, a.dtype)
             for i, a in enumerate(outputs)
         )
-        logprobs = self._room("logprobs", (S,), np.float32) if logprobs is None else logprobs
-        adjusted = self._room("adjusted", (S, V), np.float32)
-        rows = sampling.upload(self.device, batch)
-        self._do(
-            lambda: sampling.sample(self.device, logits_SV, rows, ids, logprobs, adjusted, top_ids, tops)
-        )
+        if logprobs is None and top_ids is not None:
+            logprobs = self._room("logprobs", (S,), np.float32)
+        if V not in self._sampling or self._sampling[V].rows < S:
+            self._sampling[V] = sampling.SamplingSpace(self.device, S, V)
+        space, rows = self._sampling[V], sampling.upload(self.device, batch)
+        self._do(lambda: sampling.sample(self.device, logits_SV, rows, ids, logprobs, space, top_ids, tops))
         moved = [
             (a, host)
             for a, host in zip((ids, logprobs, top_ids, tops), outputs, strict=True)

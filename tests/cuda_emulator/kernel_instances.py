@@ -89,7 +89,7 @@ INSTANCES: dict[Kernel, int] = {
     experts.scale_kernel("float32", "bfloat16", 2048, False): 40,
     experts.scale_kernel("bfloat16", "float16", 2048, True): 40,
     staging.scatter_kernel(): 32,
-    sampling.kernel(): 64,
+    **dict.fromkeys(sampling.kernels(), 64),
     **dict.fromkeys(all_reduce.kernels("bfloat16"), 64),
     instance("all_reduce.cu", "broadcast", "float32"): 64,
     all_reduce.fused_kernel("float32", "float16"): 64,

@@ -31,7 +31,7 @@ PENALTIES = {"repetition_S": 1.3, "presence_S": 0.5, "frequency_S": 0.25}
 
 @pytest.fixture(scope="module")
 def device():
-    return open_device([ops.kernel()])
+    return open_device(ops.kernels())
 
 
 def make(rng, rows, vocab, history=False, **changes):
@@ -61,15 +61,10 @@ def check_sampling(device, logits, batch, top=3):
     rows, vocab = logits.shape
     ids, logprobs = device.empty((rows,), "int32"), device.empty((rows,), "float32")
     tops = device.empty((rows, top), "int32"), device.empty((rows, top), "float32")
-    ops.sample(
-        device,
-        logits,
-        ops.upload(device, batch),
-        ids,
-        logprobs,
-        device.empty((rows, vocab), "float32"),
-        *tops,
-    )
+    space, there, unasked = ops.SamplingSpace(device, rows, vocab), ops.upload(device, batch), ids.copy()
+    ops.sample(device, logits, there, ids, logprobs, space, *tops)
+    ops.sample(device, logits, there, unasked, None, space)
+    assert np.array_equal(unasked, ids)
     want = np.empty(rows, np.int32), np.empty(rows), np.empty((rows, top), np.int32), np.empty((rows, top))
     ReferenceBackend(np.float64).sample(logits, batch, *want)
     assert np.array_equal(ids, want[0])
@@ -81,7 +76,7 @@ def check_sampling(device, logits, batch, top=3):
 @pytest.mark.parametrize("changes", CASES)
 def test_sampling(device, changes):
     device.setting, rng = 0, np.random.default_rng(7)
-    for vocab in (5, 1000, 3001):
+    for vocab in (5, 1000, 5001):
         check_sampling(device, *make(rng, 5, vocab, **changes))
     check_sampling(device, *make(rng, 5, 1000, history=True, **PENALTIES, **changes))
 
@@ -92,20 +87,26 @@ def test_of_equal_logits_the_lowest_ids_stay(device, changes):
     check_sampling(device, guarded(np.zeros((5, 64), np.float32)), batch)
 
 
+def test_more_candidates_than_there_is_room_for(device):
+    _, batch = make(np.random.default_rng(2), 1, 11000, top_k_S=40, top_p_S=0.9)
+    check_sampling(device, guarded(np.zeros((1, 11000), np.float32)), batch, top=1)
+
+
 def test_a_row_is_drawn_alone_as_in_a_batch(device):
-    logits, batch = make(np.random.default_rng(1), 6, 2000, top_p_S=0.8)
-    whole = device.empty((6,), "int32")
-    room, probabilities = device.empty((6, 2000), "float32"), device.empty((6,), "float32")
-    ops.sample(device, logits, ops.upload(device, batch), whole, probabilities, room)
+    logits, batch = make(np.random.default_rng(1), 6, 5000, top_p_S=0.8)
+    whole, probabilities = device.empty((6,), "int32"), device.empty((6,), "float32")
+    space = ops.SamplingSpace(device, 6, 5000)
+    ops.sample(device, logits, ops.upload(device, batch), whole, probabilities, space)
     fields = {name: getattr(batch, name)[4:5] for name in (*ops.FLOATS, "top_k_S", "seed_S", "position_S")}
     one, alone = replace(batch, row_ptr=np.zeros(2, np.int32), **fields), device.empty((1,), "int32")
-    ops.sample(device, logits[4:5], ops.upload(device, one), alone, probabilities[4:5].copy(), room)
-    assert alone[0] == whole[4]
+    probability = device.empty((1,), "float32")
+    ops.sample(device, logits[4:5], ops.upload(device, one), alone, probability, space)
+    assert alone[0] == whole[4] and probability[0] == probabilities[4]
 
 
 def test_sampling_under_all_schedules(device):
     rng = np.random.default_rng(5)
-    logits, batch = make(rng, 2, 1500, history=True, top_k_S=50, top_p_S=0.7, **PENALTIES)
+    logits, batch = make(rng, 1, 4500, history=True, top_k_S=50, top_p_S=0.7, **PENALTIES)
     sweep(device, lambda d: check_sampling(d, logits, batch))
 
 
@@ -114,35 +115,40 @@ def test_sampling_under_all_schedules(device):
     [
         ("key == border && i <= bound", "key == border"),
         ("lane >= o) upto += left;\n      }\n      unsigned passed", "lane > o) upto += left;\n      }\n      unsigned passed"),
-        ("(0xffffffffu - i)", "i"),
+        ("(0xffffffffu - id)", "id"),
         ("  __syncthreads();\n  v = scratch[0];", "  v = scratch[0];"),
         ("i < 10; ++i", "i < 9; ++i"),
-        ("    __syncthreads();\n    row.x = x;", "    row.x = x;"),
+        ("if (*last) *done = 0;", ""),
+        ("== slices - 1", "== slices - 2"),
+        ("  __syncthreads();\n  float repetition", "  float repetition"),
+        ("step_of(weights, v[i]) <= cut", "step_of(weights, v[i]) < cut"),
+        ("target - before, shared", "target, shared"),
+        ("; q < p; q += 32)", "; q <= p; q += 32)"),
     ],
 )  # fmt: skip
 def test_faults_are_seen(edit):
     rng = np.random.default_rng(11)
     cases = [
-        (
-            guarded(np.zeros((4, 64), np.float32)),
-            make(rng, 4, 64, top_k_S=5)[1],
-        ),  # all equal: the lowest ids stay
+        (guarded(np.zeros((4, 64), np.float32)), make(rng, 4, 64, top_k_S=5)[1]),  # all equal: the lowest ids stay
         make(rng, 24, 40, history=True, temperature_S=0.0, presence_S=50.0),
-        make(rng, 4, 1500, top_k_S=50),
-        make(rng, 4, 1500, history=True, top_p_S=0.6, **PENALTIES),
-    ]
+        make(rng, 2, 4500, top_k_S=50),
+        make(rng, 2, 8000),
+        make(rng, 2, 1500, history=True, top_p_S=0.6, **PENALTIES),
+    ]  # fmt: skip
 
     def check(device):
         for logits, batch in cases:
             check_sampling(device, logits, batch)
 
-    assert_caught([ops.kernel()], edit, check)
+    assert_caught(ops.kernels(), edit, check)
 
 
 def test_wrong_arguments_are_refused(device):
     logits, batch = make(np.random.default_rng(0), 2, 8)
     with pytest.raises(ShapeError, match=r"top_k_S: \(2,\) expected"):
         ops.upload(device, replace(batch, top_k_S=np.zeros(3, np.int32)))
-    ids, logprobs = device.empty((2,), "int32"), device.empty((2,), "float32")
-    with pytest.raises(ShapeError, match="room for 2 adjusted rows"):
-        ops.sample(device, logits, ops.upload(device, batch), ids, logprobs, device.empty((1, 8), "float32"))
+    ids, space = device.empty((2,), "int32"), ops.SamplingSpace(device, 1, 8)
+    with pytest.raises(ShapeError, match="room for 2 rows of 8 tokens"):
+        ops.sample(device, logits, ops.upload(device, batch), ids, None, space)
+    with pytest.raises(ShapeError, match="at most 1048576 tokens expected"):
+        ops.SamplingSpace(device, 1, 1 << 21)

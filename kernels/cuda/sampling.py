@@ -69,7 +69,9 @@ class SamplingSpace:
         """Raises ShapeError for a vocabulary of more than a million tokens."""
         P = -(-vocabulary // SLICE)
         if P > MOST_SLICES:
-            raise ShapeError(f"a vocabulary of at most {MOST_SLICES * SLICE} tokens expected, got {vocabulary}")
+            raise ShapeError(
+                f"a vocabulary of at most {MOST_SLICES * SLICE} tokens expected, got {vocabulary}"
+            )
         self._device, self.rows, self.vocabulary, self.slices = device, rows, vocabulary, P
         self.best, self.masses = device.empty((rows, P, 2), np.uint64), device.empty((rows, P), np.uint64)
         self.sums, self.found = device.empty((rows, P), np.float32), device.empty((rows, P), np.int32)

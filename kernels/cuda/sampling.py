@@ -57,9 +57,8 @@ def upload(device: Device, batch: SamplingBatch) -> DeviceBatch:
         arrays.append(np.ascontiguousarray(values, dtype))
     drawn = batch.temperature_S > 0
     filtered = drawn & ((batch.top_k_S > 0) | (batch.top_p_S < 1))
-    return DeviceBatch(
-        *(device.asarray(array) for array in arrays), counted > 0, bool(drawn.any()), bool(filtered.any())
-    )
+    known = {"penalised": counted > 0, "drawn": bool(drawn.any()), "filtered": bool(filtered.any())}
+    return DeviceBatch(*(device.asarray(array) for array in arrays), **known)
 
 
 class SamplingSpace:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.backend import HeadNorm, SamplingBatch
 from flm.kernels.cuda import attention, elementwise, linear, rope, sampling
+from flm.kernels.cuda.adapters import AdapterCalls
 from flm.kernels.cuda.attention import AttentionSpace
 from flm.kernels.cuda.classic import ClassicCalls
 from flm.kernels.cuda.experts import ExpertCalls
@@ -30,7 +31,7 @@ from flm.kernels.quant import QuantizedMatrix
 Array = Any
 
 
-class CudaBackend(ClassicCalls, ExpertCalls):
+class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls):
     """One GPU's ops. activation: "float16" or "bfloat16"."""
 
     def __init__(self, device: GraphDevice, activation: str = ACTIVATION) -> None:

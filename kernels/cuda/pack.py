@@ -73,7 +73,7 @@ def pack(matrix: QuantizedMatrix, activation: str, device: Device) -> CudaMatrix
     if matrix.columns % 4:
         raise ShapeError(f"a number of inputs that is a multiple of 4 expected, got {k}")
     if matrix.scales is None:
-        format, group, codes = "float", 0, _rounded(matrix, activation)
+        format, group, codes = "float", 0, rounded(matrix, activation)
     elif matrix.format in NUMBERS:
         format, group = matrix.format, math.gcd(matrix.group // 16, WIDEST_GROUP)
         codes = matrix.codes if format == "fp8" else matrix.unpacked().view(np.uint8)
@@ -102,7 +102,7 @@ def _zero(format: str) -> int:
     return 0x80 if format == "int8" else 0
 
 
-def _rounded(matrix: QuantizedMatrix, activation: str) -> NDArray[np.uint16]:
+def rounded(matrix: QuantizedMatrix, activation: str) -> NDArray[np.uint16]:
     """The bits of a float matrix in the activations' type."""
     if activation == "bfloat16" and matrix.format == "bfloat16":
         return matrix.codes

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from flm.kernels.cuda import (
+    adapters,
     all_reduce,
     attention,
     classic,
@@ -71,6 +72,8 @@ INSTANCES: dict[Kernel, int] = {
     instance("embedding.cu", "embedding", "bfloat16", "float32", 8, "__half2", 1): 48,
     instance("embedding.cu", "embedding", "float16", "float16", 16, "float", 0): 40,
     linear.take_columns_kernel(): 32,
+    **dict.fromkeys(adapters.kernels("bfloat16", 4096), 48),
+    **dict.fromkeys(adapters.kernels("float16", 1), 40),
     # experts: two blocks a multiprocessor for few tokens, one for many
     experts.route_kernel("float32", 64): 64,
     experts.route_kernel("float32", 512): 128,

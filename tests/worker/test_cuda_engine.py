@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from adapter_writer import random_factors, write_adapter
 from emulated_group import EmulatedGroup
 from emulator import EmulatedDevice
 
@@ -69,6 +71,26 @@ def test_logits_however_the_prompt_is_cut(cuda: Any, name: str, activation: str)
         assert relative(whole, want) < TOLERANCE[activation]
         for chunk in (1, 5):
             np.testing.assert_array_equal(engine.logits(ids, chunk=chunk), whole)
+
+
+def test_adapters_beside_one_another(cuda: Any, tmp_path: Path) -> None:
+    """Logits near the CPU's; a batch of two adapters and none gives each sequence what it gets alone."""
+    ids, plain = reference("llama31")
+    adapters = {
+        name: write_adapter(tmp_path / name, random_factors("llama31", ranks, seed), rank_pattern=ranks)
+        for seed, (name, ranks) in enumerate(
+            [("a", {"q_proj": 3, "v_proj": 5, "o_proj": 4}), ("b", {"down_proj": 9})]
+        )
+    }
+    with Engine(GOLDEN / "llama31", max_sequences=2, adapters=adapters) as engine:
+        want = {name: engine.logits(ids, adapter=name) for name in adapters}
+    with cuda("llama31", "float16", adapters=adapters) as engine:
+        for name in adapters:
+            assert relative(want[name], plain) > 0.1
+            assert relative(engine.logits(ids, adapter=name), want[name]) < 2 * TOLERANCE["float16"]
+        params = [replace(PARAMS, adapter=name) for name in ("a", "", "b")]
+        together = engine.generate([ids] * 3, params)
+        assert together == [engine.generate([ids], [one])[0] for one in params]
 
 
 def test_quantised_weights_and_cache(cuda: Any) -> None:

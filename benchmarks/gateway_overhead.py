@@ -56,6 +56,9 @@ class Metronome:
     def step_age(self) -> float:
         return 0.0
 
+    def still(self) -> float:
+        return 0.0
+
     def _loop(self, on_events: Callable[[list[TokenEvent]], None]) -> None:
         while True:
             self._wake.wait()

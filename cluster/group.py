@@ -50,7 +50,9 @@ class ReplicaGroup:
 
     def __post_init__(self) -> None:
         self.missed, self.answered, self.advanced = 0, self.created, self.created
-        self.stepped = self.created  # the last heartbeat with a new step, or without work
+        self.stepped = (
+            self.created
+        )  # the last heartbeat with a new step or without work, or sign of life in a step
         self.idle_looks, self._next_report, self.announced = 0, 0.0, False
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._channel: grpc.aio.Channel | None = None
@@ -105,7 +107,7 @@ class ReplicaGroup:
             fault=self.fault,
             silence=now - self.answered if answering else 0.0,
             missed=self.missed,
-            stuck=max(beat.step_age, self.answered - self.stepped) if beat is not None else 0.0,
+            stuck=max(beat.still, self.answered - self.stepped) if beat is not None else 0.0,
             stalled=now - self.advanced,
             outstanding=beat.load.outstanding_tokens if beat is not None else 0,
             idle=self.idle_looks >= IDLE_LOOKS,
@@ -164,6 +166,8 @@ class ReplicaGroup:
         busy = beat.load.running + beat.load.waiting
         if not busy or before is None or beat.step != before.step:
             self.stepped = now
+        elif beat.still < beat.step_age:  # the step takes long, but ranks were seen at work
+            self.stepped = max(self.stepped, now - beat.still)
         self.idle_looks = 0 if busy else self.idle_looks + 1
         if beat.state == flm_pb2.REPLICA_STATE_DRAINING and self.phase is Phase.READY:
             self.enter(Phase.DRAINING)  # an earlier controller began it

@@ -51,7 +51,9 @@ class ReplicaView:
     fault: str = ""  # a rank that died, a load that failed, a leader that gave up: names the rank
     silence: float = 0.0  # since the last answered heartbeat
     missed: int = 0  # heartbeats unanswered in a row
-    stuck: float = 0.0  # seconds in one engine step, or without any while there is work
+    stuck: float = (
+        0.0  # seconds in one engine step without a sign of life, or without any step while there is work
+    )
     stalled: float = 0.0  # since loading last advanced
     outstanding: int = 0  # tokens still to compute
     idle: bool = False  # no requests at all

@@ -526,7 +526,7 @@ class LayerExperts(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
-    __slots__ = ("replica_id", "state", "step", "step_age", "load", "message", "experts")
+    __slots__ = ("replica_id", "state", "step", "step_age", "load", "message", "experts", "still")
     REPLICA_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -534,6 +534,7 @@ class HeartbeatResponse(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    STILL_FIELD_NUMBER: _ClassVar[int]
     replica_id: str
     state: ReplicaState
     step: int
@@ -541,4 +542,5 @@ class HeartbeatResponse(_message.Message):
     load: ReplicaLoad
     message: str
     experts: _containers.RepeatedCompositeFieldContainer[LayerExperts]
-    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., step: _Optional[int] = ..., step_age: _Optional[float] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ..., message: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ...) -> None: ...
+    still: float
+    def __init__(self, replica_id: _Optional[str] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., step: _Optional[int] = ..., step_age: _Optional[float] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ..., message: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[LayerExperts, _Mapping]]] = ..., still: _Optional[float] = ...) -> None: ...

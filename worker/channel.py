@@ -13,6 +13,7 @@ from flm.worker.errors import RankFailed
 from flm.worker.plan import StepPlan, decode_plan, encode_plan
 
 STOP = b""
+SEND_MS = 1000
 
 
 class LeaderChannel(Protocol):
@@ -103,8 +104,8 @@ class ZmqLeaderChannel:
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         for rank in range(1, size):
             socket = context.socket(zmq.PAIR)
-            socket.setsockopt(zmq.LINGER, 200)
-            socket.setsockopt(zmq.SNDTIMEO, 1000)  # a follower's connection may still be under way
+            socket.setsockopt(zmq.LINGER, SEND_MS)
+            socket.setsockopt(zmq.SNDTIMEO, SEND_MS)  # a follower's connection may still be under way
             socket.bind(_endpoint(run_dir, rank))
             self._sockets[rank] = socket
 
@@ -130,7 +131,7 @@ class ZmqLeaderChannel:
     def stop(self) -> None:
         for socket in self._sockets.values():
             with contextlib.suppress(zmq.Again):  # that follower is gone already, which is what stop asks for
-                socket.send(STOP, zmq.NOBLOCK)
+                socket.send(STOP)
             socket.close()
         self._sockets = {}
 

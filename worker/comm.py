@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from flm.kernels.backend import Backend
-from flm.kernels.group import Group
+from flm.kernels.group import Group, flag_index
 from flm.worker.errors import RankFailed
+from flm.worker.vigil import PATIENCE, Awaited, Vigil
 
 Array = Any
+PID = 4  # word of a rank's line in the group's memory: its process
 
 
 class Communicator(Protocol):
@@ -54,15 +56,23 @@ class Communicator(Protocol):
         """Of every wait from now on."""
         ...
 
+    def still(self) -> float | None:
+        """Seconds that the step under way has shown no sign of life; None between steps, and where nobody looks."""
+        ...
+
     def abort(self) -> None:
         """Make every rank's present and later collectives fail at once."""
         ...
 
 
 class LocalCommunicator:
-    """A group of one."""
+    """A group of one. attended: a vigil is kept over its own process."""
 
     rank, size = 0, 1
+
+    def __init__(self, attended: bool = False) -> None:
+        self._attended = attended
+        self._vigil: Vigil | None = None
 
     def all_reduce(self, x: Array) -> None:
         """Nothing to add."""
@@ -78,13 +88,18 @@ class LocalCommunicator:
         """Everyone is here."""
 
     def watched(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return nullcontext() if self._vigil is None else self._vigil.step()
 
     def set_timeout(self, seconds: float) -> None:
-        """Nobody waits."""
+        if self._attended:
+            self._vigil = Vigil(0, seconds, lambda: {0: Awaited(os.getpid())}, self.abort)
+
+    def still(self) -> float | None:
+        return None if self._vigil is None else self._vigil.still(time.monotonic())
 
     def abort(self) -> None:
-        """Nobody waits."""
+        if self._vigil is not None:
+            self._vigil.stop()
 
 
 class GroupCommunicator:
@@ -113,6 +128,9 @@ class GroupCommunicator:
     def set_timeout(self, seconds: float) -> None:
         self.group.timeout = seconds
 
+    def still(self) -> float | None:
+        return None
+
     def abort(self) -> None:
         self.group.abort()
 
@@ -131,7 +149,10 @@ class ThreadCommunicator(GroupCommunicator):
 
 class SharedMemoryCommunicator(GroupCommunicator):
     """Ranks that are processes of one host, over a mapped file which has no name once all have joined, or
-    the first one gave up: nothing stays behind however they die."""
+    the first one gave up: nothing stays behind however they die.
+
+    Once it has a time-out it keeps a vigil over the ranks that it waits for: one that does nothing for so long is given
+    up, one that is at work gets more."""
 
     def __init__(self, path: Path, rank: int, size: int, backend: Backend, timeout: float) -> None:
         length = Group.buffer_bytes(size)
@@ -139,11 +160,35 @@ class SharedMemoryCommunicator(GroupCommunicator):
             _create(path, length)
         self._map = _attach(path, length, rank, timeout)
         super().__init__(Group(np.frombuffer(self._map, np.uint8), rank, size, timeout), backend)
+        self.group.words[flag_index(rank) + PID] = os.getpid()
+        self._vigil: Vigil | None = None
         try:
             self.barrier()
         finally:
             if rank == 0:
                 path.unlink()
+
+    def set_timeout(self, seconds: float) -> None:
+        self._vigil = Vigil(self.rank, seconds, self.awaited, self.group.abort)
+        self.group.timeout = PATIENCE * seconds
+
+    def watched(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._vigil is None else self._vigil.step()
+
+    def still(self) -> float | None:
+        return None if self._vigil is None else self._vigil.still(time.monotonic())
+
+    def abort(self) -> None:
+        if self._vigil is not None:
+            self._vigil.stop()
+        self.group.abort()
+
+    def awaited(self) -> dict[int, Awaited]:
+        """The ranks that are behind this one, which it waits for; itself where none is."""
+        words = self.group.words
+        counts = {r: int(words[flag_index(r)]) for r in range(self.size)}
+        behind = [r for r, count in counts.items() if count < counts[self.rank]] or [self.rank]
+        return {r: Awaited(int(words[flag_index(r) + PID]), counts[r]) for r in behind}
 
 
 def connect_processes(path: Path, rank: int, size: int, backend: Backend, timeout: float) -> Communicator:

@@ -135,7 +135,7 @@ class Rank:
         """Join the other ranks through shared memory and sockets in run_dir. Raises RankFailed."""
         size, run_dir = self.spec.tensor_parallel, Path(self.spec.run_dir)
         if size == 1:
-            self.join(LocalCommunicator(), NoFollowers())
+            self.join(LocalCommunicator(attended=self.spec.device != "cuda"), NoFollowers())
             return
         channel = (
             ZmqLeaderChannel(run_dir, size) if self.rank == 0 else ZmqFollowerChannel(run_dir, self.rank)

@@ -129,6 +129,11 @@ class Replica:
         began = self._step_began
         return time.monotonic() - began if began else 0.0
 
+    def still(self) -> float:
+        """Seconds in which the present step has shown no sign of life; its age where nobody looks for any."""
+        still = self._runner.model.comm.still()
+        return self.step_age() if still is None else still
+
     def _loop(self) -> None:
         try:
             while self._wait_for_work():
@@ -174,6 +179,8 @@ class Replica:
         """Name the rank: one that said why it left, else those missing in the collective."""
         if isinstance(error, CollectiveError | RankFailed):
             said = self._channel.failures(FAREWELL)
+            if isinstance(error, CollectiveTimeout):  # others only say that they were sent away
+                said = {rank: why for rank, why in said.items() if rank in error.missing}
             if said:
                 return "; ".join(f"rank {rank} failed: {why}" for rank, why in sorted(said.items()))
             if isinstance(error, CollectiveTimeout):

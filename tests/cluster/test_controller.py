@@ -76,6 +76,21 @@ async def test_a_leader_that_makes_no_steps_is_seen_by_their_number(bench: Bench
     await bench.until(lambda: stuck() == 0)
 
 
+async def test_a_long_step_is_a_fault_only_where_nobody_works_on_it(bench: Bench) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    group, replica = bench.controller.groups["m-0"], bench.host.leader("m-0").served.replica
+    replica.hung = replica.at_work = True
+    replica.submit(Request("r", (1, 2)))
+    replica.began = time.monotonic() - 50
+    await bench.until(lambda: group.heartbeat is not None and group.heartbeat.step_age > 40)
+    seen = group.stepped
+    await bench.until(lambda: group.stepped > seen)  # a heartbeat later
+    assert group.view(time.monotonic()).stuck < 0.1
+    replica.at_work = False
+    await bench.until(lambda: "replica_failed" in bench.kinds())
+    assert "has not finished a step for 5" in group.message
+
+
 async def test_a_leader_that_gives_up_says_whom_it_blames(bench: Bench) -> None:
     await bench.until(lambda: bench.routed("m-0", "m-1"))
     bench.host.leader("m-1").served.replica.fail("rank 1 hung: missing in a collective for 10 s")

@@ -57,6 +57,9 @@ class Scripted:
     def step_age(self) -> float:
         return 0.5
 
+    def still(self) -> float:
+        return 0.25
+
 
 @dataclass
 class Wire:
@@ -191,7 +194,7 @@ async def test_stop_ends_streams_as_lost(wire: Wire) -> None:
 async def test_heartbeat(wire: Wire) -> None:
     wire.replica.state, wire.replica.failure = "failed", "rank 1 hung"
     answer = await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=METADATA)
-    assert (answer.replica_id, answer.step, answer.step_age) == ("r-1", 7, 0.5)
+    assert (answer.replica_id, answer.step, answer.step_age, answer.still) == ("r-1", 7, 0.5, 0.25)
     assert [(e.layer, list(e.tokens)) for e in answer.experts] == [(1, [4, 0, 2]), (2, [3, 3, 0])]
     assert (answer.state, answer.message) == (flm_pb2.REPLICA_STATE_FAILED, "rank 1 hung")
     assert (answer.load.running, answer.load.blocks_total, answer.load.prefix_hits) == (2, 10, 3)

@@ -67,6 +67,8 @@ class FakeReplica:
     failure: str = ""
     step: int = 0
     hung: bool = False
+    began: float = 0.0  # of a step that takes long, monotonic
+    at_work: bool = False
     hold_after: int | None = None  # tokens of a request after which it waits
     lose_last: bool = False  # fail with the last token of a request that ends by length
     accepted: list[Request] = field(default_factory=list)
@@ -118,7 +120,11 @@ class FakeReplica:
         return {}
 
     def step_age(self) -> float:
-        return 0.0
+        return time.monotonic() - self.began if self.began else 0.0
+
+    def still(self) -> float:
+        """Of a step that is under way and whose ranks work, a moment."""
+        return 0.01 if self.began and self.at_work else self.step_age()
 
     def stop(self) -> None:
         self.state = "stopped"

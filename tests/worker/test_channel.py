@@ -4,7 +4,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import zmq
 
+from flm.worker import channel
 from flm.worker.channel import ThreadChannel, ZmqFollowerChannel, ZmqLeaderChannel
 from flm.worker.errors import RankFailed
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
@@ -37,7 +39,18 @@ def test_plans_sent_before_a_follower_connects_are_not_lost(tmp_path: Path) -> N
     leader.stop()
 
 
-def test_a_follower_that_never_connects_is_named(tmp_path: Path) -> None:
+def test_a_stop_that_comes_before_a_follower_is_not_lost(tmp_path: Path) -> None:
+    leader = ZmqLeaderChannel(tmp_path, 2)
+    stopping = threading.Thread(target=leader.stop)
+    stopping.start()
+    follower = ZmqFollowerChannel(tmp_path, 1)
+    follower._socket.setsockopt(zmq.RCVTIMEO, 5000)
+    assert follower.receive() is None
+    stopping.join()
+
+
+def test_a_follower_that_never_connects_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "SEND_MS", 100)
     leader = ZmqLeaderChannel(tmp_path, 2)
     with pytest.raises(RankFailed, match="rank 1"):
         leader.send(PLAN)

@@ -97,7 +97,7 @@ def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(group: Group, blow:
     assert time.monotonic() - began < 1.0 + 2.0
     assert last.finish_reason is FinishReason.ERROR
     assert "rank 1" in last.error
-    assert group.rank.replica.state == "failed"
+    assert (group.rank.replica.state, group.rank.replica.still()) == ("failed", 0.0)
     assert "rank 1" in group.rank.replica.failure
     group.rank.replica.check()
     with pytest.raises(Unavailable, match="rank 1"):

@@ -22,6 +22,7 @@ from flm.kernels.cuda.attention import AttentionSpace
 from flm.kernels.cuda.classic import ClassicCalls
 from flm.kernels.cuda.experts import ExpertCalls
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
+from flm.kernels.cuda.latent import LatentCalls, LatentSpace
 from flm.kernels.cuda.pack import CudaMatrix, pack
 from flm.kernels.cuda.rope import CudaCache
 from flm.kernels.cuda.step_calls import ACTIVATION
@@ -31,7 +32,7 @@ from flm.kernels.quant import QuantizedMatrix
 Array = Any
 
 
-class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls):
+class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
     """One GPU's ops. activation: "float16" or "bfloat16"."""
 
     def __init__(self, device: GraphDevice, activation: str = ACTIVATION) -> None:
@@ -44,6 +45,7 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls):
         self._sampling: dict[int, sampling.SamplingSpace] = {}  # by vocabulary
         self._scratch: dict[tuple[str, tuple[int, ...]], Array] = {}
         self._areas: dict[tuple[str, str], Array] = {}
+        self._latent_spaces: dict[tuple[int, int, int], LatentSpace] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
         return self.device.empty(shape, dtype)

@@ -13,6 +13,7 @@ from flm.kernels.cuda import (
     elementwise,
     experts,
     grouped,
+    latent,
     linear,
     rope,
     sampling,
@@ -89,6 +90,10 @@ INSTANCES: dict[Kernel, int] = {
     _grouped("float16", "float32", 9, "float", 8, 0, False): 255,
     _grouped("bfloat16", "float32", 16, "float", 0, 0, False): 255,
     experts.combine_kernel("bfloat16", 2048): 64,
+    # latent attention: shared memory leaves room for two blocks of 128 threads a multiprocessor
+    **dict.fromkeys(latent.attention_kernels("bfloat16", 512), 224),
+    **dict.fromkeys(latent.attention_kernels("float16", 256), 168),
+    latent.write_kernel("bfloat16"): 48,
     experts.scale_kernel("float32", "bfloat16", 2048, False): 40,
     experts.scale_kernel("bfloat16", "float16", 2048, True): 40,
     staging.scatter_kernel(): 32,

@@ -61,6 +61,7 @@ def relative(got: Any, want: Any) -> float:
         ("qwen3", "bfloat16"),
         ("chatglm1", "bfloat16"),  # LayerNorm whose result goes on, GELU, rotation by two positions, a prefix
         ("qwen2_moe", "float16"),  # experts, and one for all tokens with a gate of its own
+        ("deepseek_v3", "float16"),  # latent attention, experts by groups of the best
         ("codegen_for_moss", "float16"),  # LayerNorm, GELU, both parts of a layer side by side
     ],
 )

@@ -15,13 +15,16 @@ from hashlib import blake2b
 DIGEST_BYTES = 16  # 128 bits: a chance collision needs some 2**64 different blocks
 
 
-def root_digest(salt: str, adapter: str = "") -> bytes:
-    """Start of a chain of block digests; different salts never share blocks, nor do different adapters."""
+def root_digest(salt: str, adapter: str = "", key: str = "") -> bytes:
+    """Start of a chain of block digests; different salts never share blocks, nor do different adapters, nor prompts with
+    another PromptRules.cache_key."""
     root = blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES, person=b"root").digest()
-    if not adapter:
+    if not adapter and not key:
         return root
-    # apart from the salt, which clients choose: none of theirs may stand for an adapter
-    return blake2b(root + adapter.encode(), digest_size=DIGEST_BYTES, person=b"adapter").digest()
+    # apart from the salt, which clients choose: none of theirs may stand for an adapter or a key
+    return blake2b(
+        root + repr((adapter, key)).encode(), digest_size=DIGEST_BYTES, person=b"computed"
+    ).digest()
 
 
 def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -152,12 +155,14 @@ class BlockPool:
 class BlockTable:
     """The blocks of one sequence, in order of position: token p lives in blocks[p // block_size]."""
 
-    def __init__(self, pool: BlockPool, salt: str = "", adapter: str = "") -> None:
+    def __init__(self, pool: BlockPool, salt: str = "", adapter: str = "", key: str = "") -> None:
         self.blocks: list[int] = []
         self._pool = pool
         self._capacity = 0  # tokens that fit in `blocks`
         self._published = 0  # leading blocks that were offered to the cache or came from it
-        self._chain = [root_digest(salt, adapter)]  # chain[i]: the first i blocks' tokens; survives release()
+        self._chain = [
+            root_digest(salt, adapter, key)
+        ]  # chain[i]: the first i blocks' tokens; survives release()
 
     def open(self, token_ids: Sequence[int], spare: int = 0) -> int | None:
         """Take blocks for all of `token_ids`, as many as possible out of the cache.

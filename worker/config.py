@@ -83,9 +83,9 @@ class ModelConfig:
         """Prompts with different keys give different K and V to the same tokens."""
         context = prompt_ids[: self.uncut(prompt_ids)]
         if context:
-            return "\0context " + array("i", context).tobytes().hex()
+            return "context " + array("i", context).tobytes().hex()
         stretched = self.attention.rope.stretch(len(prompt_ids))
-        return "" if stretched == 1.0 else f"\0rope {stretched!r}"
+        return "" if stretched == 1.0 else f"rope {stretched!r}"
 
     @property
     def shares_prefixes(self) -> bool:

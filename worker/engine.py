@@ -223,9 +223,14 @@ class Engine:
 
         For tests and scoring; call it while nothing is being generated, for the ranks run one step at a time.
         """
-        count, size, spec = len(token_ids), chunk or self.spec.max_step_tokens, self.spec
-        if not 0 < count <= min(self.max_context, self.ranks[0].num_blocks * spec.block_size):
-            raise InvalidRequest("token_ids", f"expected 1 to {self.max_context} tokens, got {count}")
+        count, spec, vocab, most = len(token_ids), self.spec, self.config.vocab, self.ranks[0].step_tokens
+        size, longest = chunk or most, min(self.max_context, self.ranks[0].num_blocks * spec.block_size)
+        if not 0 < count <= longest:
+            raise InvalidRequest("token_ids", f"expected 1 to {longest} tokens, got {count}")
+        if not 0 <= min(token_ids) <= max(token_ids) < vocab:
+            raise InvalidRequest("token_ids", f"expected token ids from 0 to {vocab - 1}")
+        if not 0 < size <= most:
+            raise InvalidRequest("chunk", f"expected 1 to {most} tokens, got {size}")
         if adapter and adapter not in self.ranks[0].model.adapters:
             raise AdapterNotFound(adapter, self.ranks[0].model.adapters)
         with self.replica.borrow_blocks(-(-count // spec.block_size)) as blocks:

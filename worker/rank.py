@@ -108,13 +108,13 @@ class Rank:
             self._comm,
             self._caches,
             positions=self.max_context,
-            max_tokens=max(self._step_tokens, spec.max_sequences),
+            max_tokens=max(self.step_tokens, spec.max_sequences),
             max_rows=spec.max_sequences,
             adapters=self._adapters,
         )
 
     @property
-    def _step_tokens(self) -> int:
+    def step_tokens(self) -> int:
         """Tokens of a step, with room for a whole prompt beside all decodes where prompts may not be cut."""
         if self.shard.model.attention.prefix is None:
             return self.spec.max_step_tokens
@@ -156,7 +156,7 @@ class Rank:
             block_size=spec.block_size,
             max_context=self.max_context,
             max_sequences=spec.max_sequences,
-            max_tokens=max(self._step_tokens, spec.max_sequences),
+            max_tokens=max(self.step_tokens, spec.max_sequences),
             leader=self.rank == 0,
             capture=spec.capture,
         )
@@ -166,7 +166,7 @@ class Rank:
             self._channel = channel  # type: ignore[assignment]
             return
         names = tuple(source.name for source in spec.adapters)
-        limits = Limits(spec.max_sequences, self._step_tokens, spec.max_queue, self.max_context, names)
+        limits = Limits(spec.max_sequences, self.step_tokens, spec.max_queue, self.max_context, names)
         pool = BlockPool(self.num_blocks, spec.block_size)
         config = self.checkpoint.config
         scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config)

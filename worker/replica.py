@@ -18,6 +18,7 @@ from flm.worker.channel import LeaderChannel
 from flm.worker.config import ModelConfig
 from flm.worker.errors import DoesNotFit, FlmError, InternalError, RankFailed, Unavailable
 from flm.worker.limits import Load
+from flm.worker.plan import StepPlan, StepResult
 from flm.worker.request import Request, TokenEvent
 from flm.worker.runner import Runner
 from flm.worker.scheduler import Scheduler
@@ -156,24 +157,33 @@ class Replica:
 
     def _one_step(self) -> list[TokenEvent]:
         with self._lock:
-            events, self._cancelled = self._cancelled, []
             plan = self._scheduler.schedule(time.monotonic())
-        if plan is None:
-            return events
+        result = None if plan is None else self._carry_out(plan)
+        with self._lock:
+            events: list[TokenEvent] = []
+            if plan is not None and result is not None:
+                self.step += 1
+                events = self._scheduler.postprocess(plan, result, time.monotonic())
+            # taken now and not before: were the step to fail, their last events would be lost
+            cancelled, self._cancelled = self._cancelled, []
+            return cancelled + events
+
+    def _carry_out(self, plan: StepPlan) -> StepResult:
         self._channel.send(plan)
         result = self._runner.run(plan)
         assert result is not None, "the leader's runner samples"
-        with self._lock:
-            self.step += 1
-            return events + self._scheduler.postprocess(plan, result, time.monotonic())
+        return result
 
     def _fail(self, error: Exception) -> None:
         self.failure = self._blame(error)
         log.error(
             "replica failed: %s", self.failure, exc_info=error if not isinstance(error, FlmError) else None
         )
-        self._end(self.failure, "failed")
-        self._channel.stop()  # followers that still wait for a plan need not wait for ever
+        try:
+            self._end(self.failure, "failed")
+        except Exception:  # followers must be told all the same
+            log.exception("the last events of the replica's requests were not taken")
+        self._channel.stop()  # those that still wait for a plan need not wait for ever
 
     def _blame(self, error: Exception) -> str:
         """Name the rank: one that said why it left, else those missing in the collective."""

@@ -101,8 +101,9 @@ class Scheduler:
             [*request.prompt_ids, *request.resumed_ids],
             BlockTable(
                 self.pool,
-                request.cache_salt + self._rules.cache_key(request.prompt_ids),
+                request.cache_salt,
                 request.params.adapter,
+                self._rules.cache_key(request.prompt_ids),
             ),
             precedence=(-request.priority, self._arrivals),
             arrived=now,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from gguf import GGUFReader
 from gguf_vocabularies import sentencepiece_gguf
+from replica_bench import Bench
 
 from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
@@ -25,3 +28,12 @@ def smollm2() -> Tokenizer:
 @pytest.fixture(scope="session")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(sentencepiece_gguf(tmp_path_factory.mktemp("spm") / "m.gguf"))
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench(max_sequences=2, max_queue=2)
+    yield made
+    made.open.set()
+    made.replica.stop()
+    assert not made.replica._thread.is_alive()

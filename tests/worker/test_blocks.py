@@ -33,6 +33,13 @@ def test_digest_depends_on_tokens_parent_and_salt() -> None:
     assert all(len(d) == 16 for d in digests)
 
 
+def test_no_salt_stands_for_an_adapter_or_a_key() -> None:
+    """Clients choose salts; blocks that were computed in another way must stay out of their reach."""
+    parts = ("", "a", "rope 3.0", "arope 3.0", "('a', '')")
+    roots = {root_digest(salt, adapter, key) for salt in parts for adapter in parts for key in parts}
+    assert len(roots) == len(parts) ** 3
+
+
 def test_digest_is_the_same_in_every_process() -> None:
     assert block_digest(root_digest("a"), [1, 2, 3]).hex() == "e7db669894ace492c065dc614049b594"
 

@@ -28,7 +28,7 @@ from flm.kernels.cores import usable_cpus
 from flm.worker.adapter import AdapterSource
 from flm.worker.channel import FollowerChannel, LeaderChannel, NoFollowers, ThreadChannel
 from flm.worker.comm import LocalCommunicator, ThreadCommunicator
-from flm.worker.errors import AdapterNotFound, DoesNotFit, InvalidRequest, RankFailed
+from flm.worker.errors import AdapterNotFound, InvalidRequest, RankFailed
 from flm.worker.paths import resolve_model_path
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
 from flm.worker.rank import GroupSpec, Rank
@@ -72,8 +72,6 @@ class Engine:
         adapters: Mapping[str, str | Path] = MappingProxyType({}),
         **options: Any,
     ) -> None:
-        if tensor_parallel < 1:
-            raise DoesNotFit(f"tensor_parallel: expected at least 1, got {tensor_parallel}")
         threads = threads or usable_cpus()
         self.spec = GroupSpec(
             replica_id="engine",
@@ -82,7 +80,7 @@ class Engine:
             device=device,
             tensor_parallel=tensor_parallel,
             quantization=quantization,
-            threads=max(threads // tensor_parallel, 1),
+            threads=max(threads // max(tensor_parallel, 1), 1),
             adapters=tuple(AdapterSource(name, str(where)) for name, where in adapters.items()),
             **options,
         )

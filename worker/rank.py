@@ -24,7 +24,7 @@ from flm.worker.channel import (
 )
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.comm import Communicator, LocalCommunicator, connect_processes
-from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InvalidRequest
+from flm.worker.errors import BackendUnavailable, ConfigError, DoesNotFit, FlmError, InvalidRequest
 from flm.worker.limits import HANG_TIMEOUT, Limits
 from flm.worker.model import Decoder
 from flm.worker.paths import resolve_model_path
@@ -36,7 +36,8 @@ from flm.worker.weights import load_weights, shard_spec
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """Everything the ranks of one replica group need. Sizes in tokens and bytes; times in seconds."""
+    """Everything the ranks of one replica group need. Sizes in tokens and bytes; times in seconds. ConfigError where one
+    cannot be."""
 
     replica_id: str
     model: str
@@ -57,6 +58,16 @@ class GroupSpec:
     run_dir: str = ""  # sockets and shared memory of this start of the group; empty for one rank
     adapters: tuple[AdapterSource, ...] = ()
     capture: bool = True  # False: every op of every step runs eagerly, for comparison
+
+    def __post_init__(self) -> None:
+        for name, low in (("tensor_parallel", 1), ("block_size", 16), ("max_context", 0), ("threads", 1)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"expected at least {low}, got {getattr(self, name)}", field=name)
+        if self.block_size % 16:
+            raise ConfigError(f"expected a multiple of 16, got {self.block_size}", field="block_size")
+        if not self.hang_timeout > 0:
+            raise ConfigError(f"expected more than 0 seconds, got {self.hang_timeout}", field="hang_timeout")
+        Limits(self.max_sequences, self.max_step_tokens, self.max_queue, self.max_context or 2)
 
 
 class Rank:
@@ -86,7 +97,7 @@ class Rank:
         self.num_blocks = self._count_blocks()
         try:
             self._fill_memory(on_progress)
-        except DeviceMemoryFull as error:
+        except (DeviceMemoryFull, MemoryError) as error:
             kv = self.num_blocks * block_bytes(self.shard, spec.block_size, self._kv_dtype)
             planned = f"{kv / 2**20:,.0f} MiB of KV cache ({self.num_blocks * spec.block_size:,} tokens)"
             raise DoesNotFit(f"model {spec.model} rank {self.rank}, with {planned}: {error}") from error

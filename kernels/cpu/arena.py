@@ -38,10 +38,14 @@ class Arena:
 
 
 def huge(count: int) -> NDArray[np.uint8]:
-    """At least `count` zero bytes from a multiple of 2 MiB on, in huge pages where the system has them."""
+    """At least `count` zero bytes from a multiple of 2 MiB on, in huge pages where the system has them. MemoryError where
+    there is no room."""
     size = max(1, -(-count // HUGE)) * HUGE
     # private: Python's default is shared memory, which most systems never put into huge pages
-    mapping = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"unable to map {size:,} bytes: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without transparent huge pages: slower, nothing else
             mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flm.kernels.cpu import arena
 from flm.worker import Engine, FinishReason, SamplingParams
-from flm.worker.errors import BackendUnavailable, DoesNotFit, InvalidRequest
+from flm.worker.errors import BackendUnavailable, ConfigError, DoesNotFit, InvalidRequest
 
 DATA = Path(__file__).parent.parent / "data"
 GREEDY = {"temperature": 0.0}
@@ -166,9 +167,37 @@ def test_generation_ends_at_the_context() -> None:
             engine.generate([[3] * engine.max_context])
 
 
+def test_a_machine_without_room_says_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena.Arena, "take", lambda self, shape, dtype: arena.huge(1 << 62))
+    with pytest.raises(DoesNotFit, match=r"rank 0, with .* MiB of KV cache .*: unable to map"):
+        tiny("llama2")
+
+
+def test_scoring_refuses_what_cannot_be_computed() -> None:
+    with tiny("llama2") as engine:
+        for ids, chunk in (
+            ([], None),
+            ([3] * 65, None),
+            ([3, -1], None),
+            ([3, 96], None),
+            ([3], -1),
+            ([3], 65),
+        ):
+            with pytest.raises(InvalidRequest, match="expected"):
+                engine.logits(ids, chunk=chunk)
+        engine.replica.check()
+
+
 def test_what_cannot_work_is_refused_before_anything_is_kept() -> None:
-    with pytest.raises(DoesNotFit, match="at least 1"):
-        tiny("llama2", tensor_parallel=0)
+    wrong: list[dict[str, object]] = [
+        {"tensor_parallel": 0},
+        {"block_size": 24},
+        {"max_queue": -1},
+        {"hang_timeout": 0.0},
+    ]
+    for options in wrong:
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}: expected"):
+            tiny("llama2", **options)
     with pytest.raises(DoesNotFit, match=r"kv_cache\.memory"):
         tiny("llama2", kv_bytes=1000)
     with pytest.raises(InvalidRequest, match="at most 64"):

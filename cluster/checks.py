@@ -17,6 +17,7 @@ from flm.cluster.served_model import ServedModel, read_words, served_model
 from flm.cluster.state import Endpoint, load_endpoint, running_clusters
 from flm.cluster.yaml_source import YamlPath, error_at
 from flm.kernels.cores import usable_cpus
+from flm.kernels.cuda.inventory import visible_gpus
 from flm.kernels.errors import OpenMPMissing
 from flm.kernels.openmp import require_openmp
 from flm.worker.errors import BackendUnavailable, CheckpointError, ConfigError
@@ -49,10 +50,11 @@ def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tupl
     if running is not None:
         message = f"cluster {config.name!r} runs already; expected another name, or `flm-cluster down` first"
         yield ("name",), message
-    cpus = usable_cpus()
     for index, model in enumerate(config.models):
-        if config.ray.address == "local" and model.tensor_parallel > cpus:
-            message = f"{model.tensor_parallel} ranks are larger than the machine; expected at most its {cpus} cores"
+        if config.ray.address == "local" and (most := _most_ranks(model.device, model.tensor_parallel)):
+            message = (
+                f"{model.tensor_parallel} ranks are larger than the machine; expected at most its {most}"
+            )
             yield ("models", index, "tensor_parallel"), message
     if config.gateway.tls is not None:
         for key, path in config.gateway.tls:
@@ -62,6 +64,17 @@ def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tupl
         reason = _own_cluster_at(listen) or why_taken(listen)
         if reason:
             yield (section, "listen"), f"cannot listen on {listen}: {reason}; expected a free port"
+
+
+def _most_ranks(device: str, wanted: int) -> str:
+    """How many ranks of one replica this machine can hold, as "2 cores"; "" where that is enough."""
+    cpus = usable_cpus() if device != "cuda" else 0
+    if wanted <= cpus:
+        return ""
+    gpus = len(visible_gpus()) if device != "cpu" else 0
+    if wanted <= gpus:
+        return ""
+    return f"{gpus} GPUs" if gpus > cpus or device == "cuda" else f"{cpus} cores"
 
 
 def _own_cluster_at(listen: str) -> str:

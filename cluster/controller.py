@@ -1,9 +1,10 @@
 """The controller: observe, reconcile, act, about twice a second and whenever something happens.
 
-Crash guarantees. The controller may be killed at any instant. All it must not forget is in the desired state, which is
-written to disk before it takes effect; how often replicas failed, and why, lies beside it. Ranks and the gateway are detached from it: they go on serving, the gateway by
-the last routes it was given. A new controller finds running groups by their actors' names and adopts them; ranks of a
-group that is not whole are ended, so nothing is left over and nothing is started twice. Every action is idempotent.
+Crash guarantees. The controller may be killed at any instant. All it must not forget is in the desired state, which
+is written to disk before it takes effect; how often replicas failed, and why, lies beside it. Ranks and the gateway
+are detached from it: they go on serving, the gateway by the last routes it was given. A new controller finds
+running groups by their actors' names and adopts them; ranks of a group that is not whole are ended, so nothing is
+left over and nothing is started twice. Every action is idempotent.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Controller:
     def __init__(
         self, folder: Path, desired: Desired, host: RankHost, gateway: GatewayLink, run_root: Path
     ) -> None:
-        """`folder` keeps the desired state; what lies there from an earlier start wins over `desired`. Each start of a
-        group gets a new folder of its own below `run_root`, on its node, for sockets and shared memory."""
+        """`folder` keeps the desired state; what lies there from an earlier start wins over `desired`. Each start
+        of a group gets a new folder of its own below `run_root`, on its node, for sockets and shared memory."""
         self._folder, self._host, self._run_root = folder, host, run_root
         saved = load_desired(folder)
         self.desired = saved or desired
@@ -84,7 +85,8 @@ class Controller:
             self._woken.clear()
 
     async def adopt(self) -> None:
-        """Take over the groups that run, and learn what each is doing: one that seemed to start would be the first to go."""
+        """Take over the groups that run, and learn what each is doing: one that seemed to start would be the first
+        to go."""
         for found in await self._host.adopt():
             spec, ranks = found.spec, len(found.links)
             known = spec.model in self.desired.replicas and spec.replica_id not in self.groups
@@ -128,17 +130,17 @@ class Controller:
                 await self._drain(self.groups[replica_id])
             case StopReplica(replica_id, reason):
                 group = self.groups.pop(replica_id)
-                self._history.forget(replica_id)
                 self._event("replica_stopped", group, reason)
                 self._end(group, orderly=not group.fault)
+                await asyncio.to_thread(self._history.forget, replica_id)
             case KillReplica(replica_id, reason):
                 group = self.groups[replica_id]
                 group.failures = count_failure(group.view(now), now)
                 group.message, group.address = told_of_failure(replica_id, group.failures, reason), ""
                 group.enter(Phase.FAILED)
-                self._history.note(group)
                 self._event("replica_failed", group, group.message)
                 self._end(group, orderly=False)
+                await asyncio.to_thread(self._history.note, group)
 
     async def _start(self, replica_id: str, model: str) -> None:
         before = self.groups.get(replica_id)
@@ -160,7 +162,7 @@ class Controller:
         group = self._take(Adopted(spec, node.node_id, links))
         if replica_id in self._history:
             group.restarts += 1
-            self._history.note(group)
+            await asyncio.to_thread(self._history.note, group)
         self._event("replica_starting", group, f"on {node.name}, threads per rank: {spec.threads}")
 
     def _idle(self, spec: GroupSpec, message: str = "") -> ReplicaGroup:
@@ -223,14 +225,16 @@ class Controller:
         bounds = self.config.model_named(model).replicas
         if not bounds.min <= replicas <= bounds.max:
             raise InvalidRequest("replicas", f"expected {bounds.min} to {bounds.max}, got {replicas}")
-        if replicas > (before := self.desired.replicas[model]):
-            await self._capacity.check(self.desired.scaled(model, replicas))
-        self._want(self.desired.scaled(model, replicas))
+        async with self._acting:
+            if replicas > (before := self.desired.replicas[model]):
+                await self._capacity.check(self.desired.scaled(model, replicas))
+            await self._want(self.desired.scaled(model, replicas))
         self.events.add("scaled", f"from {before} to {replicas}", model=model)
         return before
 
-    def _want(self, desired: Desired) -> None:
-        save_desired(self._folder, desired)
+    async def _want(self, desired: Desired) -> None:
+        """Under `_acting`. The disk may take its time: nobody waits for it but who wants something."""
+        await asyncio.to_thread(save_desired, self._folder, desired)
         self.desired = desired
         self.wake()
 
@@ -248,7 +252,7 @@ class Controller:
             raise InvalidRequest(
                 "replica_id", f"{model} would have fewer than its minimum of {least} replicas"
             )
-        self._want(self.desired.scaled(model, wanted))
+        await self._want(self.desired.scaled(model, wanted))
         await self._retire(group)
 
     async def restart(self, replica_id: str) -> None:
@@ -257,12 +261,12 @@ class Controller:
             group = self._find(replica_id)
             if group.phase is Phase.READY:
                 await self._drain(group)
-        if group.phase is Phase.FAILED:
-            group.failures = 0
-            if replica_id in self._history:
-                self._history.note(group)
-        elif group.phase is Phase.STARTING:
-            group.fault = "restarted by an operator"
+            elif group.phase is Phase.FAILED:
+                group.failures = 0
+                if replica_id in self._history:
+                    await asyncio.to_thread(self._history.note, group)
+            elif group.phase is Phase.STARTING:
+                group.fault = "restarted by an operator"
         self.wake()
 
     async def _retire(self, group: ReplicaGroup) -> None:
@@ -287,7 +291,8 @@ class Controller:
     async def shutdown(self, drain_timeout: float | None = None) -> None:
         """Drain all replicas, stop the gateway; returns when no rank is left."""
         self._grace = drain_timeout
-        self._want(replace(self.desired, replicas=dict.fromkeys(self.desired.replicas, 0)))
+        async with self._acting:
+            await self._want(replace(self.desired, replicas=dict.fromkeys(self.desired.replicas, 0)))
         closing = asyncio.create_task(self._gateway.stop(max(map(self._drain_timeout, self.config.models))))
         while self.groups or self._ending:
             await asyncio.sleep(0.05)

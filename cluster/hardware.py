@@ -17,8 +17,6 @@ from flm.cluster.units import Bytes
 from flm.kernels.cores import usable_cpus
 from flm.kernels.cuda.inventory import visible_gpus
 
-GIB = 1 << 30
-
 
 @dataclass(frozen=True)
 class Gpu:

@@ -137,7 +137,7 @@ class Plan:
 
 def _with_adapters(model: ModelPlan) -> str:
     """What of the ranks' weights is adapters; empty where there are none."""
-    most = max(rank.adapter_bytes for rank in model.ranks)
+    most = max((rank.adapter_bytes for rank in model.ranks), default=0)
     return f", and {format_bytes(most)} of adapters a rank" if most else ""
 
 

@@ -1,8 +1,9 @@
 """Prompt formats for checkpoints that bring no chat template, as data: each is a small Jinja program with its texts.
 
 In the programs, `token('<s>')` is the id of a token that is not to be read out of a text, `separate` cuts the text for
-the tokenizer (what stands before and behind it is tokenised by itself), and <FLM_FIX_TOKEN_n> is the token id n. Jinja drops a program's last line end.
-docs/prompts.md says which model has which, and where these differ from fastllm's cookbook.
+the tokenizer (what stands before and behind it is tokenised by itself), and <FLM_FIX_TOKEN_n> is the token id n. Jinja
+drops a program's last line end. docs/prompts.md says which model has which, and where these differ from fastllm's
+cookbook.
 """
 
 from __future__ import annotations

@@ -91,6 +91,28 @@ def test_more_ranks_than_cores_are_refused_in_a_sentence(folder: Path) -> None:
     assert f"{ranks} ranks are larger than the machine; expected at most its {ranks - 1} cores" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("device", "ranks", "said"),
+    [
+        ("cpu", 4, "at most its 2 cores"),
+        ("auto", 3, ""),
+        ("auto", 4, "at most its 3 GPUs"),
+        ("cuda", 3, ""),
+        ("cuda", 4, "at most its 3 GPUs"),
+    ],
+)
+def test_ranks_are_counted_on_the_device_that_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, said: str
+) -> None:
+    monkeypatch.setattr(checks, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(checks, "visible_gpus", lambda: ["gpu"] * 3)
+    file = write(folder, GOOD + f"    tensor_parallel: {ranks}\n    device: {device}\n")
+    if said:
+        assert said in str(refusal(file))
+    else:
+        check_file(file)
+
+
 def test_missing_tls_files_are_refused(folder: Path) -> None:
     text = GOOD.replace("GATEWAY}", "GATEWAY, tls: {cert_file: /no.pem, key_file: /no.key}}")
     assert refusal(write(folder, text)).field == "gateway.tls.cert_file"

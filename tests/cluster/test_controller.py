@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import pytest_asyncio
 from controller_bench import Bench
 
+from flm.cluster import controller
 from flm.cluster.reconcile import Phase
-from flm.cluster.state import load_desired
+from flm.cluster.state import Desired, load_desired
 from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
 from flm.worker.request import Request
 
@@ -108,6 +110,25 @@ async def test_a_checkpoint_that_does_not_load_is_retried_slowly_and_shown(tmp_p
     assert len(bench.host.links) <= 8, "two starts of two groups: at once, then after a second"
     assert bench.gateway.routes["m"] == {}
     await bench.kill()
+
+
+async def test_a_slow_disk_holds_up_only_what_must_not_be_forgotten(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.until(lambda: bench.routed("m-0", "m-1"))
+    writing, written = threading.Event(), threading.Event()
+
+    def slow(folder: Path, desired: Desired) -> None:
+        writing.set()
+        assert written.wait(20)
+
+    monkeypatch.setattr(controller, "save_desired", slow)
+    scaling = asyncio.create_task(bench.controller.scale("m", 3))
+    await bench.until(writing.is_set)
+    assert bench.controller.desired.replicas == {"m": 2}
+    written.set()
+    assert await scaling == 2
+    assert bench.controller.desired.replicas == {"m": 3}
 
 
 async def test_scaling_up_and_down_leaves_nothing_behind(bench: Bench) -> None:

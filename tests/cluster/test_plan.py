@@ -207,6 +207,14 @@ def test_json_and_table_say_the_same() -> None:
     assert f"{data['models'][0]['kv_tokens']:,}" in out.getvalue()
 
 
+def test_a_model_without_replicas_is_planned_and_shown() -> None:
+    plan = plan_demands([Demand("none", SMOL, max_context=2048, replicas=0)], LAPTOP)
+    out = StringIO()
+    Console(file=out, width=160).print(plan.table())
+    assert plan.fits
+    assert "none: 134.5 M parameters" in out.getvalue()
+
+
 @settings(max_examples=15, deadline=None)
 @given(ranks=st.integers(1, 9), replicas=st.integers(1, 3), memory=st.integers(20, 4096))
 def test_nothing_is_lost_between_ranks(ranks: int, replicas: int, memory: int) -> None:

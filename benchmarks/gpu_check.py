@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_decode
+import gpu_dummy
 import gpu_kernels
 
 from flm.kernels.cuda.backend import CudaBackend
@@ -27,7 +28,16 @@ from flm.kernels.cuda.device import CupyDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/kernels/cuda"
-CHECKED = ("test_elementwise.py", "test_rope.py", "test_linear.py", "test_attention.py", "test_sampling.py")
+CHECKED = (
+    "test_elementwise.py",
+    "test_classic.py",
+    "test_experts.py",
+    "test_latent.py",
+    "test_rope.py",
+    "test_linear.py",
+    "test_attention.py",
+    "test_sampling.py",
+)
 
 
 def run_pytest(*arguments: str, prefix: tuple[str, ...] = (), timeout: float) -> dict[str, Any]:
@@ -113,6 +123,16 @@ def kernel_speed(
         calls, nbytes = gpu_kernels.attention_calls(device, batch, context, heads, kv, "bfloat16", enough)
         what = f"attention, {batch} x {context} tokens, {kv} cache"
         results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
+    dummy = gpu_dummy.DummyBackend(device)
+    experts = (dummy, (8, 64, 32)) if small else (dummy, (64, 2048, 1408))
+    for tokens in (1, 2) if small else (1, 8, 64):
+        for what, (calls, nbytes) in gpu_dummy.expert_calls(*experts, tokens, 3 if small else 6).items():
+            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
+    for batch in (1, 2) if small else (1, 32):
+        heads = (2, 16, 8) if small else (16, 512, 64)
+        calls, nbytes = gpu_dummy.latent_calls(dummy, batch, context, heads)
+        what = f"latent attention, {batch} x {context} tokens"
+        results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
     for tokens in (1, 4) if small else (1, 4096):
         for what, (calls, nbytes) in gpu_kernels.small_calls(device, tokens, n, "bfloat16").items():
             results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
@@ -124,7 +144,7 @@ def kernel_speed(
 
 
 def decode_speed(device: CupyDevice, rate: float) -> list[dict[str, Any]]:
-    """Whole decode steps, in graphs."""
+    """Whole decode steps, in graphs, of 1,024 tokens of context."""
     import cupy
 
     rows = []
@@ -133,18 +153,29 @@ def decode_speed(device: CupyDevice, rate: float) -> list[dict[str, Any]]:
         (gpu_decode.QWEN_72B, "int4", 1),
     ):  # fmt: skip
         step = gpu_decode.DecodeStep(CudaBackend(device), shape, format, M, 1024)
-        graph = step.record()
-        for _ in range(3):
-            graph.replay()
-        start = time.perf_counter()
-        for _ in range(20):
-            graph.replay()  # ends with the sampled ids on the host
-        rows.append(
-            gpu_decode.results_of(step, (time.perf_counter() - start) / 20, rate) | {"format": format}
-        )
-        del step, graph
+        seconds = replay_time(step.record())
+        rows.append(gpu_decode.results_of(step, seconds, rate) | {"format": format})
+        del step
+        cupy.get_default_memory_pool().free_all_blocks()
+    for model, M in (
+        (gpu_dummy.DEEPSEEK_V2_LITE, 1), (gpu_dummy.DEEPSEEK_V2_LITE, 16), (gpu_dummy.QWEN3_30B, 1),
+    ):  # fmt: skip
+        dummy = gpu_dummy.DummyStep.build(gpu_dummy.DummyBackend(device), model, M, 1024)
+        seconds = replay_time(dummy.record())
+        rows.append(gpu_dummy.results_of(dummy, seconds, rate) | {"format": "int4"})
+        del dummy
         cupy.get_default_memory_pool().free_all_blocks()
     return rows
+
+
+def replay_time(graph: Any) -> float:
+    """Seconds of a recorded step, which ends with the sampled ids on the host."""
+    for _ in range(3):
+        graph.replay()
+    start = time.perf_counter()
+    for _ in range(20):
+        graph.replay()
+    return (time.perf_counter() - start) / 20
 
 
 def main() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gpu_check
 import gpu_decode
+import gpu_dummy
 import numpy as np
 import pytest
 from emulator import EmulatedDevice
 from kernel_checks import on_gpu
 
 from flm.kernels.cuda.backend import CudaBackend
+from flm.kernels.expert_ops import Routing
+from flm.worker.config import AttentionConfig, FeedForwardConfig
+from flm.worker.config_parts import ExpertsConfig, LatentConfig, RopeConfig
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def test_every_kernel_is_measured(device):
         return 1e-3
 
     rows = gpu_check.kernel_speed(device, once, 1e9, small=True)
-    assert len(rows) == 3 * 2 + 2 + 2 * 2 + 2
+    assert len(rows) == 3 * 2 + 2 + 2 * 2 + 2 + 2 * 2 + 2
     int4 = rows[0]
     assert int4["what"] == "int4 product 64x128, 1 tokens" and int4["microseconds"] == 1e3
     assert int4["gigabytes_per_second"] == pytest.approx((64 * 128 // 2 + 64 * 4 + 2 * (64 + 128)) / 1e6)
@@ -43,3 +49,37 @@ def test_a_decode_step_repeats_itself(device):
     assert np.array_equal(step.sampled, logits[0].argmax(1))
     row = gpu_decode.results_of(step, 1e-3, step.nbytes * 2e3)
     assert row["tokens_per_second"] == 2000 and row["share"] == pytest.approx(0.5)
+
+
+TINY = (
+    replace(
+        gpu_dummy.DEEPSEEK_V2_LITE,
+        hidden=64,
+        layers=2,
+        vocab=96,
+        attention=AttentionConfig(2, 2, 24, RopeConfig(1e4, 8), latent=LatentConfig(16, 16, 8, 16)),
+        feed_forward=FeedForwardConfig(64),
+        experts=ExpertsConfig(32, Routing(8, 3), 64, dense_layers=(0,)),
+    ),
+    replace(
+        gpu_dummy.QWEN3_30B,
+        hidden=64,
+        layers=1,
+        vocab=96,
+        attention=AttentionConfig(2, 1, 32, RopeConfig(1e4, 32), qk_norm=True),
+        experts=ExpertsConfig(32, Routing(8, 3, normalize=True)),
+    ),
+)
+
+
+@pytest.mark.parametrize("model", TINY, ids=lambda model: model.family)
+def test_a_dummy_model_decodes(device, model):
+    step = gpu_dummy.DummyStep.build(gpu_dummy.DummyBackend(device), model, 2, 32)
+    graph = step.record()
+    for _ in range(2):
+        graph.replay()
+    logits = np.array(step.decoder._logits_SV)
+    assert np.isfinite(logits).all() and np.array_equal(step.sampled_S, logits.argmax(1))
+    counts = step.decoder.expert_counts()
+    assert [int(n.sum()) for n in counts.values()] == [2 * 3 * 2]
+    assert gpu_dummy.results_of(step, 1e-3, step.nbytes * 2e3)["share"] == pytest.approx(0.5)

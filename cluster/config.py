@@ -103,11 +103,16 @@ class AdminSection(Section):
     insecure: bool = False
 
 
+def _kv_memory(value: object) -> object:
+    return 0 if value == "auto" else value
+
+
 class KvCacheSection(Section):
-    """The paged KV cache of each rank: `memory` is its most bytes."""
+    """The paged KV cache of each rank: `memory` is its most bytes; 0, written auto: 1 GiB on CPUs, on GPUs all that weights
+    and workspace leave."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
-    memory: Bytes = 1 << 30
+    memory: Annotated[Bytes, BeforeValidator(_kv_memory)] = 0
 
 
 class Replicas(Section):
@@ -167,6 +172,7 @@ class ModelSection(Section, AdapterFields, PromptFields):
     max_step_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 512
     max_queue: Annotated[int, Field(ge=0)] = 256
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    gpu_memory: Annotated[float, Field(ge=0.1, le=1.0)] = 0.92
     drain_timeout: Annotated[float, Field(ge=0, le=86400)] = DRAIN_TIMEOUT
     hang_timeout: Annotated[float, Field(ge=1, le=3600)] = HANG_TIMEOUT
 

@@ -208,9 +208,7 @@ class Controller:
     def _note_ready(self, group: ReplicaGroup) -> None:
         if group.phase is Phase.READY and not group.announced:
             group.announced = True
-            self._event(
-                "replica_ready", group, f"at {group.address} after {group.since - group.created:.1f} s"
-            )
+            self._event("replica_ready", group, group.said_ready())
 
     def _event(self, kind: str, group: ReplicaGroup, message: str = "") -> None:
         log.info("%s %s %s", kind, group.replica_id, message)

@@ -10,11 +10,12 @@ from flm.kernels.staging import HostMemory
 from flm.worker.adapter import AdapterSource
 from flm.worker.caches import block_bytes
 from flm.worker.config import ShardSpec
+from flm.worker.device_cache import HOST_KV_BYTES
 from flm.worker.errors import ConfigError
 
 # Code, activations and logits of one rank; on a GPU also the context and captured graphs.
 RUNTIME_BYTES = {"cpu": 250 << 20, "cuda": 3 << 30}
-GPU_SHARE = 0.92  # of a GPU's memory that ranks may fill
+GPU_SHARE = 0.92  # of a GPU's memory that ranks may fill, where the file does not say
 KV_DTYPES = {"cpu": HostMemory.kv_dtypes, "cuda": step_calls.kv_dtypes()}  # the usual one first
 
 
@@ -30,7 +31,9 @@ class Demand:
     replicas: int = 1
     quantization: str = "auto"
     kv_dtype: str = "auto"
-    kv_memory: int = 1 << 30
+    kv_memory: int = 0  # 0: 1 GiB on CPUs, on GPUs what gpu_memory leaves
+    gpu_memory: float = GPU_SHARE  # share of a GPU's memory that a rank may fill
+    gpu_bytes: int = 0  # memory of the smallest GPU there is; 0 where none is known
     max_context: int = 0  # 0: the checkpoint's
     max_sequences: int = 64
     block_size: int = 16
@@ -46,6 +49,7 @@ class RankSize:
     kv_bytes: int
     runtime_bytes: int
     adapter_bytes: int = 0
+    gpu_share: float = GPU_SHARE
 
     @property
     def total_bytes(self) -> int:
@@ -96,10 +100,17 @@ def rank_sizes(demand: Demand, shapes: Shapes) -> tuple[list[RankSize], KVPlan]:
     adapters = shapes.adapters(demand.adapters)
     weights = [(*_weights(demand, shapes, s), sum(a.nbytes(s) for a in adapters)) for s in shards]
     runtime = RUNTIME_BYTES[demand.device]
-    kv = _kv(demand, shapes, shards[0])
-    block_bytes = kv.bytes_per_token * demand.block_size
-    cached = kv.blocks * block_bytes
-    return [RankSize(held, read, cached, runtime, adapted) for held, read, adapted in weights], kv
+    beside = max(held + adapted for held, _, adapted in weights) + runtime
+    kv = _kv(demand, shapes, shards[0], _kv_budget(demand, beside))
+    cached, share = kv.blocks * kv.bytes_per_token * demand.block_size, demand.gpu_memory
+    return [RankSize(held, read, cached, runtime, adapted, share) for held, read, adapted in weights], kv
+
+
+def _kv_budget(demand: Demand, beside: int) -> int:
+    """Bytes of a rank's cache, `beside` all else that it holds."""
+    if demand.kv_memory or demand.device == "cpu" or not demand.gpu_bytes:
+        return demand.kv_memory or HOST_KV_BYTES
+    return max(int(demand.gpu_memory * demand.gpu_bytes) - beside, 0)
 
 
 def context(demand: Demand, shapes: Shapes) -> int:
@@ -116,12 +127,12 @@ def _weights(demand: Demand, shapes: Shapes, shard: ShardSpec) -> tuple[int, int
     return int(held), int(read)
 
 
-def _kv(demand: Demand, shapes: Shapes, shard: ShardSpec) -> KVPlan:
+def _kv(demand: Demand, shapes: Shapes, shard: ShardSpec, budget: int) -> KVPlan:
     """The same count of blocks as the engine's: as many as fit, at most what all sequences can use."""
     dtype = KV_DTYPES[demand.device][0] if demand.kv_dtype == "auto" else demand.kv_dtype
     per_token = block_bytes(shard, 1, dtype)
     per_sequence = -(-context(demand, shapes) // demand.block_size)
     most = demand.max_sequences * per_sequence  # all of them where nothing is cached per token
-    blocks = min(demand.kv_memory // (per_token * demand.block_size), most) if per_token else most
+    blocks = min(budget // (per_token * demand.block_size), most) if per_token else most
     concurrency = min(blocks // per_sequence, demand.max_sequences)
     return KVPlan(per_token, blocks, blocks * demand.block_size, concurrency)

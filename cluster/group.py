@@ -18,6 +18,7 @@ from flm.cluster.listen import CHANNEL_OPTIONS
 from flm.cluster.ranks import RankLink, RankReport
 from flm.cluster.reconcile import Phase, ReplicaView
 from flm.cluster.replica_messages import call_metadata
+from flm.cluster.units import format_bytes
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.rank import GroupSpec
 
@@ -61,6 +62,14 @@ class ReplicaGroup:
     @property
     def replica_id(self) -> str:
         return self.spec.replica_id
+
+    def said_ready(self) -> str:
+        """Where it serves, how long it took, and what its ranks' memory holds, as measured."""
+        report = self.reports.get(0, RankReport())
+        taken = max((each.gpu_bytes for each in self.reports.values()), default=0)
+        cache = f"; KV cache of {report.kv_tokens:,} tokens" if report.kv_tokens else ""
+        gpu = f", {format_bytes(taken)} of a GPU" if taken else ""
+        return f"at {self.address} after {self.since - self.created:.1f} s{cache}{gpu}"
 
     def enter(self, phase: Phase) -> None:
         self.phase, self.since, self.idle_looks = phase, time.monotonic(), 0

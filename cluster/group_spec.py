@@ -9,6 +9,7 @@ from pathlib import Path
 from flm.cluster.config import ClusterConfig, ModelSection
 from flm.cluster.placement import Group
 from flm.cluster.state import ModelFacts
+from flm.worker.device_cache import Planned
 from flm.worker.rank import GroupSpec
 
 
@@ -25,6 +26,8 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         quantization=model.quantization,
         kv_dtype=model.kv_cache.dtype,
         kv_bytes=model.kv_cache.memory,
+        gpu_memory=model.gpu_memory,
+        planned=Planned(*facts.planned),
         max_context=facts.max_context,
         max_sequences=model.max_sequences,
         max_step_tokens=model.max_step_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flm.cluster.demand import GPU_SHARE, RankSize
+from flm.cluster.demand import RankSize
 from flm.cluster.hardware import Machine
 from flm.cluster.units import format_bytes
 
@@ -30,7 +30,7 @@ class NodeLedger:
             return
         self.gpus_used += 1
         gpu = self.node.gpu
-        limit = int(gpu.memory * GPU_SHARE) if gpu else 0
+        limit = int(gpu.memory * size.gpu_share) if gpu else 0
         if gpu and size.total_bytes > limit:
             self._tight.append(
                 f"node {self.node.name}: model {model} rank {rank} needs {format_bytes(size.total_bytes)} on one "

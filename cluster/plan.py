@@ -86,6 +86,7 @@ class Plan:
         return {
             model.name: ModelFacts(
                 rank_memory=model.rank_bytes,
+                planned=_largest(model.ranks),
                 max_context=model.max_context,
                 architecture=model.architecture,
                 precision=model.precision,
@@ -162,6 +163,7 @@ def demand_of(model: ModelSection) -> Demand:
         quantization=model.quantization,
         kv_dtype=model.kv_cache.dtype,
         kv_memory=model.kv_cache.memory,
+        gpu_memory=model.gpu_memory,
         max_context=model.max_context,
         max_sequences=model.max_sequences,
         adapters=model.adapter_sources,
@@ -186,6 +188,8 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
             obstacles.append(
                 f"model {demand.name}: no kernels for {missing_there} on GPUs yet; expected device: cpu"
             )
+        gpus = [node.gpu.memory for node in hardware.nodes if node.gpu is not None]
+        demand = replace(demand, gpu_bytes=min(gpus, default=0))
         try:
             model, missing = _plan_model(demand, shapes, ledgers)
         except ConfigError as error:
@@ -242,6 +246,12 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
         ranks=tuple(ranks),
     )
     return plan, problems
+
+
+def _largest(ranks: tuple[RankPlan, ...]) -> tuple[int, int, int]:
+    """Bytes of weights, KV cache and all else, of the rank with the most weights."""
+    r = max(ranks, key=lambda rank: rank.weight_bytes, default=None)
+    return (r.weight_bytes, r.kv_bytes, r.total_bytes - r.weight_bytes - r.kv_bytes) if r else (0, 0, 0)
 
 
 def _rank_plan(replica: int, rank: int, node: str, device: str, size: RankSize) -> RankPlan:

@@ -55,8 +55,18 @@ class RankProcess:
 
     async def report(self) -> RankReport:
         resident = psutil.Process().memory_info().rss
+        kv_tokens, gpu_bytes = (
+            getattr(self._served, "cache_facts", (0, 0)) if self._phase == "ready" else (0, 0)
+        )
         return RankReport(
-            self._phase, os.getpid(), os.uname().nodename, self._fraction, self._address, resident
+            self._phase,
+            os.getpid(),
+            os.uname().nodename,
+            self._fraction,
+            self._address,
+            resident,
+            kv_tokens,
+            gpu_bytes,
         )
 
     async def drain(self) -> None:

@@ -25,6 +25,8 @@ class RankReport:
     fraction: float = 0.0  # of its weights loaded, 0 to 1
     address: str = ""  # rank 0, once ready: host:port of flm.v1.Replica
     resident_bytes: int = 0
+    kv_tokens: int = 0  # of its cache, once it is ready; 0 where it does not say
+    gpu_bytes: int = 0  # what its cache, weights and workspace take of a GPU, as measured
 
 
 class RankLink(Protocol):

@@ -32,6 +32,7 @@ class ModelFacts:
     device: str = "cpu"  # cpu or cuda, of every rank
     rows: int = 0  # of its embedding
     eos_token_ids: tuple[int, ...] = ()
+    planned: tuple[int, int, int] = (0, 0, 0)  # bytes of a rank's weights, KV cache, and all else
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def load_desired(folder: Path) -> Desired | None:
     if data is None:
         return None
     facts = {
-        name: ModelFacts(**{**fields, "eos_token_ids": tuple(fields["eos_token_ids"])})
+        name: ModelFacts(**{**fields, **{key: tuple(fields[key]) for key in ("eos_token_ids", "planned")}})
         for name, fields in data.pop("facts").items()
     }
     return Desired(**data, facts=facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -43,4 +43,5 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}
+Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema(_SCHEMA)]

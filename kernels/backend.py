@@ -14,9 +14,9 @@ A backend object serves one thread at a time. Wrong shapes raise ShapeError, wro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
-from flm.kernels.staging import Staged
+from flm.kernels.staging import DeviceMemory, Staged
 
 Array = Any
 
@@ -110,6 +110,13 @@ class SamplingBatch:
             np.zeros(0, np.int32),
         )  # fmt: skip
 
+    @classmethod
+    def drawing(cls, rows: int) -> SamplingBatch:
+        """Temperature 1 and every filter on, none of which removes much."""
+        ones, few = np.ones(rows, np.float32), np.full(rows, 0.01, np.float32)
+        top_k = np.full(rows, 50, np.int32)
+        return replace(cls.greedy(rows), temperature_S=ones, top_k_S=top_k, top_p_S=1 - few, min_p_S=few)
+
 
 class Backend(Protocol):
     """See the module's docstring for what holds for every op."""
@@ -129,8 +136,13 @@ class Backend(Protocol):
         to the next, all captured before the first step. Empty where a step of any size is best captured when it comes."""
         ...
 
-    def free_memory(self) -> int | None:
-        """Bytes of the device's own memory that can still be had; None where it computes in the host's."""
+    def memory(self) -> DeviceMemory | None:
+        """The device's own memory as it is now; None where it computes in the host's."""
+        ...
+
+    def prepare(self, steps: Callable[[], None], ranks: int, on_progress: Callable[[float], None]) -> None:
+        """Compile what `steps`, which makes this backend's calls, launches, and what `ranks` ranks need to meet, without
+        running it. on_progress gets 0 to 1. Does nothing where nothing is compiled for the machine it runs on."""
         ...
 
     def staged(self, arrays: Mapping[str, NDArray[Any]], table: NDArray[np.int32]) -> Staged:

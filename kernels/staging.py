@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,6 +45,15 @@ class HostStaged:
         """Nothing to copy."""
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a device's own memory that can still be had, and all of it; `name` is the device's."""
+
+    name: str
+    free: int
+    total: int
+
+
 class HostMemory:
     """What backends say of themselves that compute in the host's memory."""
 
@@ -52,8 +62,11 @@ class HostMemory:
     def decode_sizes(self, most: int) -> tuple[int, ...]:
         return ()
 
-    def free_memory(self) -> int | None:
+    def memory(self) -> DeviceMemory | None:
         return None
+
+    def prepare(self, steps: Callable[[], None], ranks: int, on_progress: Callable[[float], None]) -> None:
+        """Kernels are compiled before a backend is made."""
 
     def staged(self, arrays: Mapping[str, NDArray[Any]], table: NDArray[np.int32]) -> HostStaged:
         return HostStaged(arrays, table)

@@ -47,6 +47,10 @@ class Communicator(Protocol):
         """Return once every rank is here; raises CollectiveTimeout naming the ranks that are not."""
         ...
 
+    def swap(self, mine: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order: for what is agreed upon outside of steps."""
+        ...
+
     def watched(self) -> AbstractContextManager[None]:
         """Around the ops of a step. Where collectives do not raise when they are called, what went wrong raises at its
         end, which comes within the time-out."""
@@ -87,6 +91,9 @@ class LocalCommunicator:
     def barrier(self) -> None:
         """Everyone is here."""
 
+    def swap(self, mine: bytes) -> list[bytes]:
+        return [mine]
+
     def watched(self) -> AbstractContextManager[None]:
         return nullcontext() if self._vigil is None else self._vigil.step()
 
@@ -100,6 +107,17 @@ class LocalCommunicator:
     def abort(self) -> None:
         if self._vigil is not None:
             self._vigil.stop()
+
+
+class NotYetMet(LocalCommunicator):
+    """Stands for a group of `size` before its ranks have met: steps can be listed, not run."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def all_gather_cols(self, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
+        """Nothing is there to gather."""
 
 
 class GroupCommunicator:
@@ -121,6 +139,9 @@ class GroupCommunicator:
 
     def barrier(self) -> None:
         self.backend.barrier(self.group)
+
+    def swap(self, mine: bytes) -> list[bytes]:
+        return self.group.swap(mine)
 
     def watched(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -52,6 +52,9 @@ class CudaCommunicator:
         self.device.synchronize()
         self.group.swap(b"")
 
+    def swap(self, mine: bytes) -> list[bytes]:
+        return self.group.swap(mine)
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Around a step: it ends within the time-out, with all that was launched done. Raises CollectiveTimeout naming

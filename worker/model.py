@@ -83,6 +83,12 @@ class Decoder:
         self._logits_SV = self._local_SV if self.shard.tp_size == 1 else backend.empty((max_rows, m.vocab))
         self._widths = tuple(self.shard.for_rank(r).vocab.size for r in range(self.shard.tp_size))
 
+    def set_caches(self, caches: list[KVCache] | list[LatentCache]) -> None:
+        """Other caches in place of those that it was made with, before any step is captured."""
+        for layer, cache in zip(self.layers, caches, strict=True):
+            assert not isinstance(layer.attention, TimeMix), "states are not sized by what is free"
+            layer.attention.cache = cache  # type: ignore[assignment]
+
     def _layer(self, loading: Loading, number: int, cache: Any) -> Layer:
         prefix, m = layer_prefix(number), self.shard.model
         input_norm = Norm(loading, prefix + "input_layernorm")

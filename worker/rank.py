@@ -6,13 +6,12 @@ The same steps whatever carries the rank: a Ray actor, a thread of `Engine`, a p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from flm.kernels.backend import Backend
 from flm.kernels.errors import DeviceMemoryFull, KernelError
-from flm.worker.adapter import AdapterSource, open_adapters
+from flm.worker.adapter import open_adapters
 from flm.worker.blocks import BlockPool
 from flm.worker.caches import block_bytes, kv_blocks_for, kv_dtype, make_caches
 from flm.worker.channel import (
@@ -23,9 +22,11 @@ from flm.worker.channel import (
     ZmqLeaderChannel,
 )
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
-from flm.worker.comm import Communicator, LocalCommunicator, connect_processes
-from flm.worker.errors import BackendUnavailable, ConfigError, DoesNotFit, FlmError, InvalidRequest
-from flm.worker.limits import HANG_TIMEOUT, Limits
+from flm.worker.comm import Communicator, LocalCommunicator, NotYetMet, connect_processes
+from flm.worker.device_cache import HOST_KV_BYTES, Held, kv_budget, shortage
+from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InvalidRequest
+from flm.worker.group_spec import GroupSpec
+from flm.worker.limits import Limits
 from flm.worker.model import Decoder
 from flm.worker.paths import resolve_model_path
 from flm.worker.replica import Replica, as_flm_error
@@ -33,41 +34,7 @@ from flm.worker.runner import Runner
 from flm.worker.scheduler import Scheduler
 from flm.worker.weights import load_weights, shard_spec
 
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """Everything the ranks of one replica group need. Sizes in tokens and bytes; times in seconds. ConfigError where one
-    cannot be."""
-
-    replica_id: str
-    model: str
-    path: str
-    device: str = "cpu"
-    tensor_parallel: int = 1
-    expert_parallel: bool = False  # spread a layer's experts over the ranks, whole
-    quantization: str = "auto"
-    kv_dtype: str = "auto"
-    kv_bytes: int = 1 << 30  # per rank, at most
-    max_context: int = 0  # 0: what the checkpoint was trained for
-    max_sequences: int = 64
-    max_step_tokens: int = 512
-    max_queue: int = 256
-    block_size: int = 16
-    threads: int = 1  # per rank
-    hang_timeout: float = HANG_TIMEOUT
-    run_dir: str = ""  # sockets and shared memory of this start of the group; empty for one rank
-    adapters: tuple[AdapterSource, ...] = ()
-    capture: bool = True  # False: every op of every step runs eagerly, for comparison
-
-    def __post_init__(self) -> None:
-        for name, low in (("tensor_parallel", 1), ("block_size", 16), ("max_context", 0), ("threads", 1)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"expected at least {low}, got {getattr(self, name)}", field=name)
-        if self.block_size % 16:
-            raise ConfigError(f"expected a multiple of 16, got {self.block_size}", field="block_size")
-        if not self.hang_timeout > 0:
-            raise ConfigError(f"expected more than 0 seconds, got {self.hang_timeout}", field="hang_timeout")
-        Limits(self.max_sequences, self.max_step_tokens, self.max_queue, self.max_context or 2)
+WEIGHTS_SHARE = 0.8  # of the progress of loading, where kernels are compiled after
 
 
 class Rank:
@@ -80,7 +47,8 @@ class Rank:
         self._comm: Communicator = LocalCommunicator()
 
     def load(self, on_progress: Callable[[float], None]) -> None:
-        """Read this rank's weights into the backend's layout; on_progress gets 0 to 1. Raises FlmError."""
+        """Read this rank's weights into the backend's layout, and compile kernels; on_progress gets 0 to 1. Raises
+        FlmError."""
         spec = self.spec
         path = resolve_model_path(spec.path)
         self.checkpoint: Checkpoint = open_checkpoint(path)
@@ -94,17 +62,61 @@ class Rank:
         except KernelError as error:  # no OpenMP, or more threads than numba was started with
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
         self._kv_dtype = kv_dtype(spec.kv_dtype, self.backend)
-        self.num_blocks = self._count_blocks()
+        self._before = self.backend.memory()
+        self._sized_later = self._before is not None and not self.shard.model.attention.recurrent
+        self.num_blocks = 1 if self._sized_later else self._count_blocks()
         try:
             self._fill_memory(on_progress)
-        except (DeviceMemoryFull, MemoryError) as error:
+        except DeviceMemoryFull as error:
+            raise DoesNotFit(f"{self._who}, while its weights load: {error}; {spec.planned}") from error
+        except MemoryError as error:
             kv = self.num_blocks * block_bytes(self.shard, spec.block_size, self._kv_dtype)
             planned = f"{kv / 2**20:,.0f} MiB of KV cache ({self.num_blocks * spec.block_size:,} tokens)"
-            raise DoesNotFit(f"model {spec.model} rank {self.rank}, with {planned}: {error}") from error
+            raise DoesNotFit(f"{self._who}, with {planned}: {error}") from error
+        except KernelError as error:  # no NVRTC, or a kernel that it refuses
+            raise BackendUnavailable(f"device {spec.device}: {error}") from error
+
+    @property
+    def _who(self) -> str:
+        return f"model {self.spec.model} rank {self.rank}"
 
     def _fill_memory(self, on_progress: Callable[[float], None]) -> None:
+        """Weights, the runner with all it keeps, and compiled kernels."""
+        spec, on_gpu = self.spec, self._before is not None
+        share = WEIGHTS_SHARE if on_gpu else 1.0
+        weights = load_weights(
+            self.checkpoint, self.shard, spec.quantization, lambda done: on_progress(done * share)
+        )
+        if spec.tensor_parallel > 1:
+            self._comm = NotYetMet(spec.tensor_parallel)
+        self.model = Decoder(
+            weights,
+            self.backend,
+            self._comm,
+            self._caches(),
+            positions=self.max_context,
+            max_tokens=max(self.step_tokens, spec.max_sequences),
+            max_rows=spec.max_sequences,
+            adapters=self._adapters,
+        )
+        self._loaded = self.backend.memory()
+        self.runner = Runner(
+            self.model,
+            self.backend,
+            block_size=spec.block_size,
+            max_context=self.max_context,
+            max_sequences=spec.max_sequences,
+            max_tokens=max(self.step_tokens, spec.max_sequences),
+            leader=self.rank == 0,
+            capture=spec.capture,
+        )
+        self.backend.prepare(
+            self.runner.rehearse, spec.tensor_parallel, lambda done: on_progress(share + (1 - share) * done)
+        )
+
+    def _caches(self) -> Any:
         spec = self.spec
-        self._caches = make_caches(
+        return make_caches(
             self.backend,
             self.shard,
             self.num_blocks,
@@ -112,17 +124,33 @@ class Rank:
             self._kv_dtype,
             spec.max_sequences,
         )
-        weights = load_weights(self.checkpoint, self.shard, spec.quantization, on_progress)
-        self.model = Decoder(
-            weights,
-            self.backend,
-            self._comm,
-            self._caches,
-            positions=self.max_context,
-            max_tokens=max(self.step_tokens, spec.max_sequences),
-            max_rows=spec.max_sequences,
-            adapters=self._adapters,
-        )
+
+    def _size_caches(self, comm: Communicator) -> None:
+        """Make the caches as large as what is free allows on the rank that has the least of it."""
+        spec = self.spec
+        self.runner.rehearse()
+        ready = self.backend.memory()
+        assert self._before is not None and self._loaded is not None and ready is not None
+        self.held = Held(self._before, self._loaded, ready)
+        per_block = block_bytes(self.shard, spec.block_size, self._kv_dtype)
+        sequence = -(-self.max_context // spec.block_size)
+        room = kv_budget(self.held, spec.gpu_memory) // per_block
+        wanted = self._count_blocks() if spec.kv_bytes else sequence
+        short = shortage(wanted * per_block, self.held, spec.gpu_memory, spec.planned)
+        told = [
+            each.decode()
+            for each in comm.swap(f"{room} {self._who}: {short}".encode() if short else b"%d" % room)
+        ]
+        if problems := [said.partition(" ")[2] for said in told if " " in said]:
+            raise DoesNotFit("; ".join(problems))
+        most = spec.max_sequences * sequence
+        self.num_blocks = wanted if spec.kv_bytes else min(most, *map(int, told))
+        try:
+            self.model.set_caches(self._caches())
+        except DeviceMemoryFull as error:
+            raise DoesNotFit(
+                f"{self._who}, making its KV cache: {error}; {self.held}; {spec.planned}"
+            ) from error
 
     @property
     def step_tokens(self) -> int:
@@ -134,24 +162,26 @@ class Rank:
     def _count_blocks(self) -> int:
         spec = self.spec
         most = spec.max_sequences * -(-self.max_context // spec.block_size)
-        blocks = kv_blocks_for(self.shard, spec.block_size, self._kv_dtype, spec.kv_bytes, most)
+        kv_bytes = spec.kv_bytes or HOST_KV_BYTES
+        blocks = kv_blocks_for(self.shard, spec.block_size, self._kv_dtype, kv_bytes, most)
         if blocks * spec.block_size < min(self.max_context, 2 * spec.block_size):
             raise DoesNotFit(
-                f"model {spec.model}: kv_cache.memory of {spec.kv_bytes} bytes holds {blocks * spec.block_size} tokens; "
+                f"model {spec.model}: kv_cache.memory of {kv_bytes} bytes holds {blocks * spec.block_size} tokens; "
                 f"at least {2 * spec.block_size} expected"
             )
         return blocks
 
     def connect(self, timeout: float = 60.0) -> None:
         """Join the other ranks through shared memory and sockets in run_dir. Raises RankFailed."""
-        size, run_dir = self.spec.tensor_parallel, Path(self.spec.run_dir)
-        if size == 1:
-            self.join(LocalCommunicator(attended=self.spec.device != "cuda"), NoFollowers())
-            return
-        channel = (
-            ZmqLeaderChannel(run_dir, size) if self.rank == 0 else ZmqFollowerChannel(run_dir, self.rank)
-        )
+        spec = self.spec
+        size, run_dir = spec.tensor_parallel, Path(spec.run_dir)
         try:
+            if size == 1:
+                self.join(LocalCommunicator(attended=spec.device != "cuda"), NoFollowers())
+                return
+            channel = (
+                ZmqLeaderChannel(run_dir, size) if self.rank == 0 else ZmqFollowerChannel(run_dir, self.rank)
+            )
             comm = connect_processes(run_dir / "group.shm", self.rank, size, self.backend, timeout)
             self.join(comm, channel)
         except Exception as error:
@@ -161,17 +191,9 @@ class Rank:
         """Take part in a group that someone else has connected."""
         spec = self.spec
         self._comm = self.model.comm = comm
-        self.runner = Runner(
-            self.model,
-            self.backend,
-            block_size=spec.block_size,
-            max_context=self.max_context,
-            max_sequences=spec.max_sequences,
-            max_tokens=max(self.step_tokens, spec.max_sequences),
-            leader=self.rank == 0,
-            capture=spec.capture,
-        )
-        self.runner.capture_ahead()  # compiles what has not been yet: ranks wait for the slowest
+        if self._sized_later:
+            self._size_caches(comm)
+        self.runner.capture_ahead()
         comm.set_timeout(spec.hang_timeout)
         if self.rank > 0:
             self._channel = channel  # type: ignore[assignment]
@@ -182,6 +204,13 @@ class Rank:
         config = self.checkpoint.config
         scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config)
         self._replica = Replica(scheduler, self.runner, channel, config, self.max_context)  # type: ignore[arg-type]
+
+    @property
+    def cache_facts(self) -> tuple[int, int]:
+        """Tokens of the KV cache, and bytes that the rank takes of a GPU, cache included (0 without one); after connect."""
+        cache = self.num_blocks * block_bytes(self.shard, self.spec.block_size, self._kv_dtype)
+        held = self.held.weights + self.held.workspace + cache if self._sized_later else 0
+        return self.num_blocks * self.spec.block_size, held
 
     @property
     def replica(self) -> Replica:

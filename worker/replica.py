@@ -13,10 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from flm.kernels.errors import CollectiveError, CollectiveTimeout, DeviceMemoryFull, KernelError
+from flm.kernels.errors import (
+    CollectiveError,
+    CollectiveTimeout,
+    CompileError,
+    DeviceFailed,
+    DeviceMemoryFull,
+    KernelError,
+    ToolkitMissing,
+    UnsupportedDevice,
+)
 from flm.worker.channel import LeaderChannel
 from flm.worker.config import ModelConfig
-from flm.worker.errors import DoesNotFit, FlmError, InternalError, RankFailed, Unavailable
+from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InternalError, RankFailed, Unavailable
 from flm.worker.limits import Load
 from flm.worker.plan import StepPlan, StepResult
 from flm.worker.request import Request, TokenEvent
@@ -217,4 +226,8 @@ def as_flm_error(error: Exception) -> FlmError:
         return RankFailed(str(error))
     if isinstance(error, DeviceMemoryFull):
         return DoesNotFit(str(error))
+    if isinstance(error, DeviceFailed):
+        return RankFailed(str(error))
+    if isinstance(error, UnsupportedDevice | ToolkitMissing | CompileError):
+        return BackendUnavailable(str(error))
     return InternalError(f"{type(error).__name__}: {error}")

@@ -80,18 +80,35 @@ class Runner:
             arrays |= {name: array for name, array in tables.items() if array is not None}
         return arrays
 
-    def capture_ahead(self) -> None:
-        """Capture decode steps of every size that the backend wants ready, and run them: nothing is compiled later."""
-        if not self._sizes:
-            return
+    def rehearse(self) -> None:
+        """Steps of every kind, of the sizes that the backend wants ready, of padding alone: afterwards everything that ops
+        keep is allocated, and every kernel has been launched."""
         tokens, rows = len(self._ids_T), len(self._rows_S)
+        sizes = self.backend.decode_sizes(rows)
         self._pad(0, tokens)
-        adapted = (False, True) if self.model.adapters else (False,)
         with self.model.comm.watched():
             self._staged.push()
-            for count in sorted({min(2 * rows + 1, tokens), tokens}):  # prompts
-                self._logits(count, min(rows, count), self.leader)
-            for with_adapters, size, greedy in product(adapted, self._sizes, (True, False)):
+            for with_adapters in self._kinds():
+                self._adapted = with_adapters
+                for count in sorted({min(2 * rows + 1, tokens), tokens}):  # prompts
+                    self._logits(count, min(rows, count), self.leader)
+                for size in sizes:
+                    logits_SV = self._logits(size, None, self.leader)
+            if self.leader:
+                self.backend.sample(
+                    logits_SV, SamplingBatch.drawing(rows), self._sampled_S, self.backend.empty((rows,))
+                )
+
+    def _kinds(self) -> tuple[bool, ...]:
+        """Of steps: without adapters, and with them where there are any."""
+        return (False, True) if self.model.adapters else (False,)
+
+    def capture_ahead(self) -> None:
+        """Capture decode steps of every size that the backend wants ready, and run them."""
+        self._pad(0, len(self._ids_T))
+        with self.model.comm.watched():
+            self._staged.push()
+            for with_adapters, size, greedy in product(self._kinds(), self._sizes, (True, False)):
                 self._adapted = with_adapters
                 # followers never sample, but take part in every replay
                 graph, _ = self._captured(size, greedy and self.leader)

@@ -8,7 +8,7 @@ Every op gives a token the same bits whatever else is in the step, and decode th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,18 +82,13 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
         finally:
             self._graph = None
 
-    def _do(self, call: Callable[[], None]) -> None:
-        if self._graph is None:
-            call()
-        else:
-            self._graph.calls.append(call)
-
     def _room(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A buffer that ops of this name and shape share."""
-        key = name, shape
+        """A buffer that ops of this name share, for as many rows; kept in sizes of powers of two, for graphs use them."""
+        rows = 1 << max(shape[0] - 1, 0).bit_length()
+        key = name, (rows, *shape[1:])
         if key not in self._scratch:
-            self._scratch[key] = self.device.empty(shape, dtype)
-        return self._scratch[key]
+            self._scratch[key] = self.device.empty(key[1], dtype)
+        return self._scratch[key][: shape[0]]
 
     def linear(
         self,
@@ -104,25 +99,25 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
         accumulate: bool = False,
     ) -> None:
         if weight.gather is None:
-            return self._do(lambda: linear.linear(self.device, x_TK, weight, out_TN, bias_N, accumulate))
+            return self.in_order(lambda: linear.linear(self.device, x_TK, weight, out_TN, bias_N, accumulate))
         gathered_TC = self._room("gathered", (len(x_TK), weight.columns), self.activation)
-        self._do(lambda: linear.take_columns(self.device, x_TK, weight.gather, gathered_TC))
-        self._do(lambda: linear.linear(self.device, gathered_TC, weight, out_TN, bias_N, accumulate))
+        self.in_order(lambda: linear.take_columns(self.device, x_TK, weight.gather, gathered_TC))
+        self.in_order(lambda: linear.linear(self.device, gathered_TC, weight, out_TN, bias_N, accumulate))
 
     def embedding(
         self, weight: CudaMatrix, ids_T: Array, out_TE: Array, first_row: int = 0, scale: float = 1.0
     ) -> None:
         ids = self._on_device(ids_T)
-        self._do(lambda: linear.embedding(self.device, weight, ids, out_TE, first_row, scale))
+        self.in_order(lambda: linear.embedding(self.device, weight, ids, out_TE, first_row, scale))
 
     def rms_norm(self, x_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
-        self._do(lambda: elementwise.rms_norm(self.device, x_TE, weight_E, eps, out_TE))
+        self.in_order(lambda: elementwise.rms_norm(self.device, x_TE, weight_E, eps, out_TE))
 
     def add_rms_norm(self, x_TE: Array, delta_TE: Array, weight_E: Array, eps: float, out_TE: Array) -> None:
-        self._do(lambda: elementwise.rms_norm(self.device, x_TE, weight_E, eps, out_TE, delta_TE))
+        self.in_order(lambda: elementwise.rms_norm(self.device, x_TE, weight_E, eps, out_TE, delta_TE))
 
     def silu_mul(self, gate_up_T2F: Array, out_TF: Array) -> None:
-        self._do(lambda: elementwise.silu_mul(self.device, gate_up_T2F, out_TF))
+        self.in_order(lambda: elementwise.silu_mul(self.device, gate_up_T2F, out_TF))
 
     def rope_kv_write(
         self,
@@ -138,7 +133,7 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
     ) -> None:
         positions, slots, cos, sin = map(self._on_device, (positions_T, slots_T, cos_PR, sin_PR))
         scale = None if q_scale_P is None else self._on_device(q_scale_P)
-        self._do(
+        self.in_order(
             lambda: rope.rope_kv_write(
                 self.device, qkv_TC, positions, slots, cos, sin, cache, q_out_THD, head_norm, scale
             )
@@ -161,7 +156,7 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
         if key not in self._spaces:
             self._spaces[key] = attention.attention_space(self.device, *key)
         space = self._spaces[key]
-        self._do(
+        self.in_order(
             lambda: attention.paged_attention(
                 self.device, q_THD, cache, tables, index, positions, scale, out_THD, space, slopes_H
             )
@@ -169,7 +164,7 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
 
     def take_rows(self, x_TE: Array, rows_S: Array, out_SE: Array) -> None:
         rows = self._on_device(rows_S)
-        self._do(lambda: elementwise.take_rows(self.device, x_TE, rows, out_SE))
+        self.in_order(lambda: elementwise.take_rows(self.device, x_TE, rows, out_SE))
 
     def sample(
         self,
@@ -191,7 +186,9 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
         if V not in self._sampling or self._sampling[V].rows < S:
             self._sampling[V] = sampling.SamplingSpace(self.device, S, V)
         space, rows = self._sampling[V], sampling.upload(self.device, batch)
-        self._do(lambda: sampling.sample(self.device, logits_SV, rows, ids, logprobs, space, top_ids, tops))
+        self.in_order(
+            lambda: sampling.sample(self.device, logits_SV, rows, ids, logprobs, space, top_ids, tops)
+        )
         moved = [
             (a, host)
             for a, host in zip((ids, logprobs, top_ids, tops), outputs, strict=True)

@@ -11,6 +11,7 @@ import numpy as np
 from flm.kernels.cuda.jit import OLDEST_ARCH, Progress, compile_all, compile_kernel
 from flm.kernels.cuda.kernel import Kernel
 from flm.kernels.errors import DeviceFailed, DeviceMemoryFull, KernelError, UnsupportedDevice
+from flm.kernels.staging import DeviceMemory
 
 Array = Any
 STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
@@ -153,10 +154,11 @@ class CupyDevice:
         words[...] = 0
         return np.uint64(memory.ptr), words
 
-    def free_memory(self) -> int:
-        """Bytes that can still be had, with those that CuPy keeps for later."""
+    def memory(self) -> DeviceMemory:
+        """As it is now; what CuPy keeps for later counts as free."""
         self._cp.get_default_memory_pool().free_all_blocks()
-        return int(self._cp.cuda.runtime.memGetInfo()[0])
+        free, total = self._cp.cuda.runtime.memGetInfo()
+        return DeviceMemory(self.name, int(free), int(total))
 
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """The calls' launches as a CUDA graph, launched on the current stream."""

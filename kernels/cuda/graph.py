@@ -6,13 +6,14 @@ second captures them into a CUDA graph, which later ones launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.cuda.kernel import Device
+from flm.kernels.cuda.kernel import Device, Kernel
+from flm.kernels.staging import DeviceMemory
 
 Array = Any
 MOST_MIRRORS = 64
@@ -29,8 +30,14 @@ class GraphDevice(Device, Protocol):
         """The array on the host, after whatever was launched before."""
         ...
 
-    def free_memory(self) -> int:
-        """Bytes that can still be had."""
+    def memory(self) -> DeviceMemory:
+        """As it is now; what was freed but kept for later counts as free."""
+        ...
+
+    def prepare(
+        self, kernels: Iterable[Kernel], progress: Callable[[int, int, Kernel], None] | None = None
+    ) -> None:
+        """Compile those that are not yet, at once; progress(done, all, kernel) after each."""
         ...
 
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:

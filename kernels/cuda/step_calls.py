@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flm.kernels.cuda import all_reduce
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice
-from flm.kernels.cuda.staging import CudaStaged
+from flm.kernels.cuda.kernel_list import KernelList
+from flm.kernels.cuda.staging import CudaStaged, scatter_kernel
 from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
+from flm.kernels.staging import DeviceMemory
 
 Array = Any
 STEP = 8  # rows that the matrix product handles at once
@@ -41,8 +44,19 @@ class StepCalls:
         small = [size for size in (1, 2, 4) if size < most]
         return (*small, *range(STEP, most, STEP), most)
 
-    def free_memory(self) -> int | None:
-        return self.device.free_memory()
+    def memory(self) -> DeviceMemory | None:
+        return self.device.memory()
+
+    def prepare(self, steps: Callable[[], None], ranks: int, on_progress: Callable[[float], None]) -> None:
+        device = self.device
+        self.device = listing = KernelList(device)
+        try:
+            steps()
+        finally:
+            self.device = device
+        crossing = all_reduce.kernels(self.activation) if ranks > 1 else []
+        kernels = [*listing.kernels, scatter_kernel(), *crossing]
+        device.prepare(kernels, lambda done, count, _: on_progress(done / count))
 
     def staged(self, arrays: Mapping[str, NDArray[Any]], table: NDArray[np.int32]) -> CudaStaged:
         return CudaStaged(self.device, arrays, table)

@@ -35,7 +35,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.ray.address, config.admin.listen) == ("local", "127.0.0.1:50052")
     assert (served.device, served.tensor_parallel, served.quantization) == ("auto", 1, "auto")
     assert (served.replicas.start, served.replicas.min, served.replicas.max) == (1, 0, MAX_REPLICAS)
-    assert (served.kv_cache.dtype, served.kv_cache.memory) == ("auto", 1 << 30)
+    assert (served.kv_cache.dtype, served.kv_cache.memory) == ("auto", 0)
     assert (served.max_context, served.threads, served.drain_timeout) == (0, 0, 30.0)
 
 

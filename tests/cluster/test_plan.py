@@ -238,3 +238,16 @@ def test_a_recurrent_model_caches_nothing_per_token() -> None:
     demand = Demand("m", path, max_sequences=3)
     _, kv = rank_sizes(demand, read_shapes(path))
     assert (kv.bytes_per_token, kv.concurrency) == (0, 3)
+
+
+def test_a_cache_of_auto_is_what_a_gpu_leaves() -> None:
+    """Weights, workspace and cache together fill the share that may be filled; more share, more cache."""
+    path, gpu = str(DEPLOY / "shapes" / "qwen-72b"), KNOWN_GPUS["h100"]
+    demand = Demand("m", path, "cuda", tensor_parallel=4, max_context=8192)
+    for share in (0.92, 0.8):
+        model = plan_demands([replace(demand, gpu_memory=share)], gpu_host(4)).models[0]
+        (largest,) = {max(rank.total_bytes for rank in model.ranks)}
+        block = 16 * model.kv_bytes_per_token
+        assert share * gpu.memory - block < largest <= share * gpu.memory
+    tight = plan_demands([replace(demand, tensor_parallel=2, gpu_memory=0.5)], gpu_host(4))
+    assert "may fill" in problems(tight)

@@ -16,7 +16,7 @@ DESIRED = Desired(
     "name: x",
     "/x.yaml",
     {"m": 2},
-    {"m": ModelFacts(123, 4096, "llama", "Q4_1", eos_token_ids=(2, 7))},
+    {"m": ModelFacts(123, 4096, "llama", "Q4_1", eos_token_ids=(2, 7), planned=(1, 2, 3))},
     "a secret",
 )
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from flm.kernels.cuda.jit import FOLDER, INCLUDE
 from flm.kernels.cuda.kernel import Kernel
 from flm.kernels.cuda.nvrtc import include_folder
+from flm.kernels.staging import DeviceMemory
 
 HERE = Path(__file__).resolve().parent
 SHIM = "flm_ptx_emu.h"
@@ -227,8 +228,21 @@ class EmulatedDevice:
     def download(self, array: Array) -> Array:
         return np.array(array)
 
-    def free_memory(self) -> int:
-        return 1 << 30
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory("emulated", 1 << 30, 1 << 30)
+
+    def prepare(
+        self, kernels: Iterable[Kernel], progress: Callable[[int, int, Kernel], None] | None = None
+    ) -> None:
+        """Build those that are not yet, each by itself, at once."""
+        todo = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._where]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            texts = [inlined((FOLDER / kernel.source).read_text()) for kernel in todo]
+            built = pool.map(lambda text, kernel: build(text, [kernel]), texts, todo)
+            for done, (kernel, library) in enumerate(zip(todo, built, strict=True), 1):
+                self._where[kernel] = library, 0
+                if progress is not None:
+                    progress(done, len(todo), kernel)
 
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """Runs the calls at every launch: what they do not launch as kernels is not seen."""

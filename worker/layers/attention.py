@@ -42,7 +42,7 @@ class Attention:
     def __init__(self, loading: Loading, prefix: str, rotary: Rotary, cache: KVCache) -> None:
         w, s, a = loading.weights, loading.shard, loading.shard.model.attention
         self._ops: Backend = loading.backend
-        self._rotary, self._cache, self._scale = rotary, cache, a.scale
+        self._rotary, self.cache, self._scale = rotary, cache, a.scale
         parts = [("q_proj", s.q_rows), ("k_proj", s.kv_rows), ("v_proj", s.kv_rows)]
         self.qkv = loading.pack(w.fused(prefix, parts))
         self.qkv_bias = loading.vector(w.fused_bias(prefix, parts))
@@ -67,11 +67,11 @@ class Attention:
         ops.linear(h_TE, self.qkv, qkv_TC, self.qkv_bias)
         self._adapted_qkv.add(h_TE, qkv_TC, inputs)
         ops.rope_kv_write(
-            qkv_TC, rows_T, inputs.slots_T, cos_PR, sin_PR, self._cache, q_THD, self._head_norm, q_scale_P
+            qkv_TC, rows_T, inputs.slots_T, cos_PR, sin_PR, self.cache, q_THD, self._head_norm, q_scale_P
         )
         ops.paged_attention(
             q_THD,
-            self._cache,
+            self.cache,
             inputs.block_tables_SB,
             inputs.sequence_T,
             inputs.last_visible_T,

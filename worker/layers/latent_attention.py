@@ -36,7 +36,7 @@ class LatentAttention:
         c, heads = a.latent, shard.heads.size
         self._backend: Backend = loading.backend
         self._ops, self._config = latent_ops(loading.backend), c
-        self._rotary, self._cache, self._scale = rotary, cache, a.scale
+        self._rotary, self.cache, self._scale = rotary, cache, a.scale
         self.query_a = loading.pack(w.matrix(prefix + "q_a_proj.weight")) if c.query_rank else None
         self.query_norm = loading.vector(w.vector_or_none(prefix + "q_a_layernorm.weight"))
         self.query = loading.pack(w.matrix(prefix + "q_proj.weight", shard.q_rows))
@@ -89,14 +89,14 @@ class LatentAttention:
             inputs.slots_T,
             cos_PR,
             sin_PR,
-            self._cache,
+            self.cache,
             plain_THN,
             rope_THD,
         )
         ops.linear_heads(plain_THN, self.key, q_THL)
         tables_SB, sequence_T, positions_T = inputs.block_tables_SB, inputs.sequence_T, inputs.positions_T
         ops.latent_attention(
-            q_THL, rope_THD, self._cache, tables_SB, sequence_T, positions_T, self._scale, out_THL
+            q_THL, rope_THD, self.cache, tables_SB, sequence_T, positions_T, self._scale, out_THL
         )
         ops.linear_heads(out_THL, self.value, values_THM)
         self._backend.linear(values_THM.reshape(T, -1), self.output, delta_TE)

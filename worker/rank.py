@@ -128,7 +128,7 @@ class Rank:
     def _size_caches(self, comm: Communicator) -> None:
         """Make the caches as large as what is free allows on the rank that has the least of it."""
         spec = self.spec
-        self.runner.rehearse()
+        self.runner.rehearse(largest=True)
         ready = self.backend.memory()
         assert self._before is not None and self._loaded is not None and ready is not None
         self.held = Held(self._before, self._loaded, ready)

@@ -80,11 +80,11 @@ class Runner:
             arrays |= {name: array for name, array in tables.items() if array is not None}
         return arrays
 
-    def rehearse(self) -> None:
-        """Steps of every kind, of the sizes that the backend wants ready, of padding alone: afterwards everything that ops
-        keep is allocated, and every kernel has been launched."""
+    def rehearse(self, largest: bool = False) -> None:
+        """Steps of padding alone, of every kind and of every size that the backend wants ready, so that every kernel is
+        launched; `largest`: of the largest sizes, after which all that ops keep is allocated."""
         tokens, rows = len(self._ids_T), len(self._rows_S)
-        sizes = self.backend.decode_sizes(rows)
+        sizes = self.backend.decode_sizes(rows)[-1 if largest else 0 :]
         self._pad(0, tokens)
         with self.model.comm.watched():
             self._staged.push()

@@ -93,6 +93,8 @@ class _Call:
 
     async def _write(self) -> None:
         try:
+            # Nothing is written before the replica has accepted the call: a write that meets a refusal would hide it.
+            await self._call.initial_metadata()
             while self.commands.generate or self.commands.cancel:
                 commands, self.commands = self.commands, flm_pb2.ReplicaCommands()
                 for message in _split(commands):

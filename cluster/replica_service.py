@@ -93,6 +93,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self, commands: AsyncIterator[flm_pb2.ReplicaCommands], context: grpc.aio.ServicerContext
     ) -> None:
         check_addressee(context.invocation_metadata(), self._replica_id)
+        await context.send_initial_metadata(())  # the call is accepted: gateways write nothing before
         outbox = Outbox(self._frames_per_second)
         self._outboxes.add(outbox)
         reader = asyncio.create_task(self._obey(commands, outbox))

@@ -33,7 +33,7 @@ class Served:
     host: FakeHost
 
     async def ready(self) -> flm_pb2.ClusterStatus:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 status = await asyncio.to_thread(self.client.status)
                 if status.gateway_ready and all(m.ready_replicas == m.wanted_replicas for m in status.models):
@@ -50,7 +50,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     controller = Controller(tmp_path, desired, host, FakeGatewayLink(), tmp_path / "run")
     await controller.adopt()
     tasks = [asyncio.create_task(controller.run()), asyncio.create_task(serve_admin(controller, 3, 0.0))]
-    with AdminClient(address, KEY, wait=5.0) as client:
+    with AdminClient(address, KEY, wait=60.0) as client:
         yield Served(address, controller, client, host)
     for task in tasks:
         task.cancel()
@@ -106,7 +106,7 @@ async def test_wrong_orders_come_back_as_the_errors_they_are(served: Served) -> 
 
 async def test_operators_need_their_key_and_probes_do_not(served: Served) -> None:
     await served.ready()
-    with AdminClient(served.address, "wrong", wait=5.0) as stranger, pytest.raises(Unauthenticated):
+    with AdminClient(served.address, "wrong", wait=60.0) as stranger, pytest.raises(Unauthenticated):
         await asyncio.to_thread(stranger.status)
     async with grpc.aio.insecure_channel(served.address) as channel:
         answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
@@ -115,7 +115,7 @@ async def test_operators_need_their_key_and_probes_do_not(served: Served) -> Non
 
 async def test_shutdown_answers_once_nothing_is_left(served: Served) -> None:
     await served.ready()
-    await asyncio.to_thread(served.client.shutdown, 1.0, 10.0)
+    await asyncio.to_thread(served.client.shutdown, 1.0, 60.0)
     assert served.host.living() == []
 
 

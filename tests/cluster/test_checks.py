@@ -156,7 +156,7 @@ def refused_up(folder: Path, file: Path, said: str, **environment: str) -> None:
     """`up` says it in a sentence, and leaves no process, no file and no cluster."""
     command = [sys.executable, "-c", "from flm.cluster.cli import main; main()", "up", str(file), "--detach"]
     environment = {**os.environ, "TMPDIR": str(folder), "COLUMNS": "200", **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr

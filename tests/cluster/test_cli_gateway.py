@@ -37,7 +37,7 @@ async def start(*arguments: str) -> asyncio.subprocess.Process:
 
 async def run(*arguments: str, stdin: str = "") -> Ended:
     process = await start(*arguments)
-    out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 30)
+    out, err = await asyncio.wait_for(process.communicate(stdin.encode()), 90)
     assert process.returncode is not None
     return Ended(process.returncode, out.decode(), err.decode())
 
@@ -77,10 +77,10 @@ async def test_waiting_for_a_replica_is_said(start_cluster: StartCluster) -> Non
     cluster.gateway.set_routes("m", [], wanted=2)
     process = await start("generate", PROMPT, "--max-tokens", "3", "--address", cluster.address)
     assert process.stderr is not None
-    said = await asyncio.wait_for(process.stderr.readline(), 30)
+    said = await asyncio.wait_for(process.stderr.readline(), 90)
     assert said == b"waiting: 0 of 2 replicas of m are ready\n"
     await cluster.add()
-    out, err = await asyncio.wait_for(process.communicate(), 30)
+    out, err = await asyncio.wait_for(process.communicate(), 90)
     assert (process.returncode, err, len(out) > 1) == (0, b"", True)
 
 
@@ -112,12 +112,12 @@ async def test_no_cluster_is_said_with_what_to_do(tmp_path: Path, monkeypatch: p
 async def test_interrupting_generate_cancels_the_request(start_cluster: StartCluster) -> None:
     cluster = await start_cluster()
     replica = cluster.seats[0].replica
-    replica.step_seconds = 0.1
+    replica.hold_after = 10
     process = await start("generate", PROMPT, "--address", cluster.address)
     assert process.stdout is not None
-    await asyncio.wait_for(process.stdout.read(1), 20)
+    await asyncio.wait_for(process.stdout.read(1), 90)
     process.send_signal(signal.SIGINT)
-    _, err = await asyncio.wait_for(process.communicate(), 10)
+    _, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 130
     assert b"Traceback" not in err
     await cluster.settled()

@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 from controller_bench import Bench
 
-from flm.cluster import controller
-from flm.cluster.reconcile import Phase
+from flm.cluster import controller, reconcile
+from flm.cluster.reconcile import MAX_SILENCE, Phase
 from flm.cluster.state import Desired, load_desired
 from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
 from flm.worker.request import Request
@@ -54,7 +54,7 @@ async def test_a_ranks_death_rebuilds_its_group_and_no_other(bench: Bench, rank:
     victim = next(k for k in before if k.spec.replica_id == "m-0" and k.rank == rank)
     victim.die()
     noticed = await bench.until(lambda: bench.routed("m-1"))
-    assert noticed < 2.0
+    assert noticed < MAX_SILENCE - 1, "told of, not missed"
     await bench.until(lambda: bench.routed("m-0", "m-1"))
     group = bench.controller.groups["m-0"]
     assert (group.restarts, group.message) == (1, f"rank {rank}: died")
@@ -100,14 +100,17 @@ async def test_a_leader_that_gives_up_says_whom_it_blames(bench: Bench) -> None:
     assert bench.controller.groups["m-1"].message == "rank 1 hung: missing in a collective for 10 s"
 
 
-async def test_a_checkpoint_that_does_not_load_is_retried_slowly_and_shown(tmp_path: Path) -> None:
+async def test_a_checkpoint_that_does_not_load_is_retried_slowly_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconcile, "retry_delay", lambda failures: 0.0 if failures <= 1 else 3600.0)
     bench = Bench(tmp_path)
     bench.host.broken = True
     bench.start()
-    await bench.until(lambda: any(g.message for g in bench.controller.groups.values()))
+    await bench.until(lambda: [g.failures for g in bench.controller.groups.values()] == [2, 2])
     await asyncio.sleep(0.7)
     assert bench.controller.groups["m-0"].message.endswith("weights.gguf: truncated")
-    assert len(bench.host.links) <= 8, "two starts of two groups: at once, then after a second"
+    assert len(bench.host.links) == 8, "two starts of two groups: at once, then after the delay"
     assert bench.gateway.routes["m"] == {}
     await bench.kill()
 
@@ -237,6 +240,6 @@ async def test_restart_replaces_a_replica_beside_it(bench: Bench) -> None:
 
 async def test_shutdown_leaves_no_rank_and_stops_the_gateway(bench: Bench) -> None:
     await bench.until(lambda: bench.routed("m-0", "m-1"))
-    await asyncio.wait_for(bench.controller.shutdown(), 5.0)
+    await asyncio.wait_for(bench.controller.shutdown(), 60.0)
     assert bench.host.living() == []
     assert bench.gateway.stopped

@@ -21,7 +21,7 @@ async def test_a_replica_that_fails_over_and_over_is_given_up_until_an_operator_
     bench = Bench(tmp_path)
     bench.host.broken = True
     bench.start()
-    await bench.until(lambda: [g.failures for g in bench.controller.groups.values()] == [GIVE_UP] * 2, 30.0)
+    await bench.until(lambda: [g.failures for g in bench.controller.groups.values()] == [GIVE_UP] * 2)
     starts = len(bench.host.links)
     assert starts == 2 * 2 * GIVE_UP
     await bench.kill()

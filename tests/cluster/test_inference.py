@@ -94,6 +94,8 @@ async def test_waiting_for_a_replica_is_queueing(start_cluster: Start) -> None:
             return [f async for f in client.generate(prompt, Sampling(temperature=0, stop=[" 世界 "]))]
 
     running = asyncio.create_task(generate())
+    while not cluster.waiting_or_served():
+        await asyncio.sleep(0.005)
     await asyncio.sleep(0.3)
     await cluster.add()
     timings = (await running)[-1].timings
@@ -141,7 +143,7 @@ async def test_a_slow_template_holds_up_only_its_own_models_conversations(
 
     def slow(template: ChatTemplate, messages: Any) -> str:
         begun.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return "".join(message["content"] for message in messages)
 
     monkeypatch.setattr(ChatTemplate, "render", slow)

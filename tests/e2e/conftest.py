@@ -6,7 +6,15 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from running_cluster import ADAPTER, MODEL, Cluster, adapter_of_smollm2, flm_cluster, free_address, of_session
+from running_cluster import (
+    ADAPTER,
+    MODEL,
+    Cluster,
+    adapter_of_smollm2,
+    assert_ended,
+    flm_cluster,
+    free_address,
+)
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +32,15 @@ models:
     tensor_parallel: 2
     replicas: 2
     max_context: 1024
+    hang_timeout: 5
     kv_cache: {{memory: 64MiB}}
     adapters: {{{ADAPTER}: adapter}}
 """)
-    up = flm_cluster("up", str(folder / "cluster.yaml"), "--detach", state=folder, timeout=170)
+    up = flm_cluster("up", str(folder / "cluster.yaml"), "--detach", state=folder, timeout=220)
     assert up.returncode == 0, up.stdout + up.stderr
     running = Cluster(folder, gateway, admin)
     session = json.loads(next(folder.glob("flm-cluster/*/endpoint.json")).read_text())["head_session"]
     yield running
-    down = running.run("down", timeout=90)
+    down = running.run("down", timeout=120)
     assert down.returncode == 0, down.stdout + down.stderr
-    assert not of_session(session), "down left processes behind"
+    assert_ended(session)

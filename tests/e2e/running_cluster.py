@@ -55,11 +55,23 @@ class Cluster:
         with self.admin_client() as admin:
             return list(admin.status().models[0].replicas)
 
-    def wait(self, condition: Callable[[], bool], seconds: float) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s; replicas: {self.replicas()}"
-            time.sleep(0.2)
+            time.sleep(0.05)
+
+    def wait_for_rebuilt(self, victim: flm_pb2.ReplicaStatus) -> flm_pb2.ReplicaStatus:
+        """Until the controller has noticed what befell `victim`, started it once more and has all replicas ready again."""
+
+        def found() -> flm_pb2.ReplicaStatus | None:
+            return next((r for r in self.replicas() if r.replica_id == victim.replica_id), None)
+
+        self.wait(lambda: (now := found()) is not None and now.restarts > victim.restarts)
+        self.wait_until_whole()
+        rebuilt = found()
+        assert rebuilt is not None
+        return rebuilt
 
     def wait_until_whole(self, replicas: int = 2, seconds: float = 90.0) -> None:
         """All replicas ready, none of them busy, every KV block free or cached."""
@@ -76,9 +88,9 @@ class Cluster:
     def check_blocks(self) -> None:
         """Every replica counts its blocks and slots once it was idle for a moment, and fails where one is missing."""
         before = [(r.replica_id, r.restarts) for r in self.replicas()]
-        time.sleep(IDLE_CHECK + 1.5)  # and a heartbeat
+        time.sleep(IDLE_CHECK + 1.0)  # and a heartbeat
         assert [(r.replica_id, r.restarts) for r in self.replicas()] == before
-        self.wait_until_whole(len(before), 1.0)
+        self.wait_until_whole(len(before), 10.0)
 
     def processes(self, title: str = "") -> list[psutil.Process]:
         """Processes of this cluster's Ray head whose command line contains `title`."""
@@ -110,6 +122,14 @@ def of_session(session: int) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.Error):
             continue  # ended while we looked
     return found
+
+
+def assert_ended(session: int) -> None:
+    """No process of a session is left, or not for long."""
+    deadline = time.monotonic() + 10
+    while left := of_session(session):
+        assert time.monotonic() < deadline, [process.cmdline() for process in left]
+        time.sleep(0.1)
 
 
 def free_address() -> str:

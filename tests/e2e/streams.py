@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 
 from running_cluster import ADAPTER
@@ -55,12 +56,13 @@ class Streams:
         for thread in self._threads:
             thread.start()
 
-    @property
-    def running(self) -> bool:
-        """Every stream has given a few tokens and none has ended."""
-        return all(
-            len(o.token_ids) >= 8 and o.last is not None and not o.last.finish_reason for o in self.outcomes
-        )
+    def wait_until_running(self) -> None:
+        """Every stream has given a few tokens, and none has ended."""
+        deadline = time.monotonic() + 60
+        while not all(len(outcome.token_ids) >= 8 for outcome in self.outcomes):
+            assert time.monotonic() < deadline, [(len(o.token_ids), o.error) for o in self.outcomes]
+            time.sleep(0.01)
+        assert not any(outcome.last and outcome.last.finish_reason for outcome in self.outcomes)
 
     def wait(self) -> list[Outcome]:
         """Outcomes, each complete, whole and without gaps."""

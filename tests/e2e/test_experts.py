@@ -32,11 +32,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "kv_cache: {memory: 1MiB}}"
         )
     (folder / "cluster.yaml").write_text("\n".join(lines))
-    up = flm_cluster("up", str(folder / "cluster.yaml"), "--detach", state=folder, timeout=170)
+    up = flm_cluster("up", str(folder / "cluster.yaml"), "--detach", state=folder, timeout=220)
     assert up.returncode == 0, up.stdout + up.stderr
     running = Cluster(folder, gateway, admin)
     yield running
-    down = running.run("down", timeout=90)
+    down = running.run("down", timeout=120)
     assert down.returncode == 0, down.stdout + down.stderr
 
 
@@ -70,5 +70,5 @@ def test_tokens_of_every_expert_are_reported(cluster: Cluster) -> None:
         sums = [sum(map(int, layer["tokens"])) for name in MODELS for layer in found[name]["experts"]]
         return len(sums) == 2 + 3 and all(total >= 3 * (len(PROMPT) + 23) for total in sums)
 
-    cluster.wait(counted, 10)  # heartbeats come once a second
+    cluster.wait(counted)  # heartbeats tell
     assert "the hottest expert is" in cluster.run("status").stdout

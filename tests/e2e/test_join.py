@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 OURS = ("RankActor", "GatewayActor", "ControllerActor")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_of_others() -> Iterator[RayHead]:
     starting = StartingHead()
     starting.go()
@@ -42,7 +42,7 @@ models:
 
 
 def up(cluster: Cluster) -> None:
-    done = cluster.run("up", str(cluster.state / "cluster.yaml"), "--detach", timeout=170)
+    done = cluster.run("up", str(cluster.state / "cluster.yaml"), "--detach", timeout=220)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -68,7 +68,7 @@ def test_a_cluster_joins_a_running_ray_and_leaves_it_as_it_was(
     assert "cluster 'joined' runs already" in again.stderr
     down = cluster.run("down", timeout=90)
     assert (down.returncode, down.stdout) == (0, "joined is stopped\n"), down.stderr
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while left := actors(ray_of_others):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
@@ -77,6 +77,7 @@ def test_a_cluster_joins_a_running_ray_and_leaves_it_as_it_was(
 
 
 def test_a_cluster_whose_ray_is_gone_is_forgotten(tmp_path: Path, ray_of_others: RayHead) -> None:
+    """The last one with the Ray of others, which it ends."""
     cluster = write(tmp_path, ray_of_others.address)
     up(cluster)
     end_head(ray_of_others)
@@ -91,7 +92,7 @@ def test_without_a_ray_to_join_nothing_starts(tmp_path: Path) -> None:
     write(tmp_path, address)
     began = time.monotonic()
     done = flm_cluster("up", str(tmp_path / "cluster.yaml"), state=tmp_path)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 100  # and Ray itself would try for two minutes
     assert done.returncode == 1
     assert (
         f"cluster.yaml:3: ray.address: no Ray cluster runs at {address}: it cannot be reached" in done.stderr

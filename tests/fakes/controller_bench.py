@@ -50,7 +50,7 @@ class Bench:
         for group in self.controller.groups.values():
             await group.unwatch()
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> float:
+    async def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> float:
         began = time.monotonic()
         while not condition():
             assert not self.task.done(), self.task.exception()

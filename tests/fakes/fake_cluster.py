@@ -261,7 +261,7 @@ class FakeCluster:
 
     async def settled(self) -> None:
         """Wait until no stream is left anywhere: cancellations have arrived, nothing leaks."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while self.waiting_or_served() or any(
                 s.replica.running or streams_of(s.server) for s in self.seats
             ):

@@ -49,7 +49,7 @@ class Bench:
     def run(self, plan: StepPlan) -> StepResult:
         """As a Runner's."""
         self.inside.set()
-        assert self.open.wait(20)
+        assert self.open.wait(60)
         if self.error:
             raise self.error
         return self.world.ranks.run(plan)
@@ -70,9 +70,9 @@ class Bench:
 
     def rest(self, request_id: str) -> list[TokenEvent]:
         """All events of a request that were not taken yet, up to its last."""
-        found = [self.events[request_id].get(timeout=20)]
+        found = [self.events[request_id].get(timeout=60)]
         while found[-1].finish_reason is None:
-            found.append(self.events[request_id].get(timeout=20))
+            found.append(self.events[request_id].get(timeout=60))
         return found
 
     def verify(self, request: Request) -> None:
@@ -89,7 +89,7 @@ class Bench:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

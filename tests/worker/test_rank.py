@@ -30,9 +30,9 @@ class Group:
     events: queue.SimpleQueue[TokenEvent]
 
     def collect(self) -> list[TokenEvent]:
-        found = [self.events.get(timeout=20)]
+        found = [self.events.get(timeout=60)]
         while found[-1].finish_reason is None:
-            found.append(self.events.get(timeout=20))
+            found.append(self.events.get(timeout=60))
         return found
 
 
@@ -42,19 +42,20 @@ def spec(run_dir: Path, **changes: object) -> GroupSpec:
         "tensor_parallel": 2,
         "max_sequences": 4,
         "max_step_tokens": 32,
-        "hang_timeout": 1.0,
+        "hang_timeout": 60.0,
     }
     return GroupSpec("r0", "tiny", run_dir=str(run_dir), **{**options, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Iterator[Group]:
-    plan = spec(tmp_path)
+def group(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Group]:
+    """With the hang_timeout of the test's parameter, if it has one: few seconds may pass while nothing is wrong."""
+    plan = spec(tmp_path, **({"hang_timeout": request.param} if hasattr(request, "param") else {}))
     command = [sys.executable, str(HERE / "follower_process.py"), json.dumps(asdict(plan)), "1"]
     follower = subprocess.Popen(command)
     leader = Rank(plan, 0)
     leader.load(lambda fraction: None)
-    leader.connect(timeout=60)
+    leader.connect(timeout=120)
     events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
     leader.replica.start(lambda found: [events.put(event) for event in found])  # type: ignore[func-returns-value]
     yield Group(leader, follower, events)
@@ -74,7 +75,7 @@ def test_two_processes_generate_what_one_does(group: Group, tmp_path: Path) -> N
     alone.replica.submit(Request("a", (1, 2, 3), PARAMS))
     want: list[int] = []
     while len(want) < 40:
-        want += events.get(timeout=20).token_ids
+        want += events.get(timeout=60).token_ids
     alone.close()
     assert tokens == want
     group.rank.replica.check()
@@ -83,18 +84,19 @@ def test_two_processes_generate_what_one_does(group: Group, tmp_path: Path) -> N
 def test_stop_ends_the_follower_and_leaves_no_shared_memory(group: Group) -> None:
     assert not list(Path(group.rank.spec.run_dir).glob("*.shm"))
     group.rank.close()
-    assert group.follower.wait(timeout=10) == 0
+    assert group.follower.wait(timeout=60) == 0
     with pytest.raises(Unavailable, match="stopped"):
         group.rank.replica.submit(ENDLESS)
 
 
+@pytest.mark.parametrize("group", [1.0], indirect=True)
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(group: Group, blow: signal.Signals) -> None:
     os.kill(group.follower.pid, blow)
     began = time.monotonic()
     group.rank.replica.submit(ENDLESS)
     last = group.collect()[-1]
-    assert time.monotonic() - began < 1.0 + 2.0
+    assert time.monotonic() - began < 1.0 + 8.0  # and the default is 10
     assert last.finish_reason is FinishReason.ERROR
     assert "rank 1" in last.error
     assert (group.rank.replica.state, group.rank.replica.still()) == ("failed", 0.0)
@@ -110,7 +112,7 @@ def test_a_follower_that_fails_says_why(group: Group) -> None:
 
     channel = group.rank.replica._channel
     channel.send(StepPlan(0, [], [Scheduled(3, 0, 1, new_tokens=[1])], []))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not group.rank._comm.group.aborted and time.monotonic() < deadline:  # type: ignore[attr-defined]
         time.sleep(0.01)
     group.rank.replica.submit(ENDLESS)

@@ -28,7 +28,7 @@ def test_a_failing_step_names_the_rank_and_ends_every_stream(
     bench.hold()
     for name in "abc":
         bench.submit(name)
-    assert bench.inside.wait(10)
+    assert bench.inside.wait(60)
     bench.error, bench.wire.said = error, said
     bench.open.set()
     for name in "abc":
@@ -48,7 +48,7 @@ def test_who_left_during_one_step_is_told_so_although_the_next_one_fails(bench: 
     bench.hold()
     bench.submit("a", max_tokens=40)
     leaves = bench.submit("b", max_tokens=40)
-    assert bench.inside.wait(10)
+    assert bench.inside.wait(60)
     plan_of_next = bench.world.scheduler.schedule
 
     def schedule(now: float) -> object:
@@ -65,7 +65,7 @@ def test_who_left_during_one_step_is_told_so_although_the_next_one_fails(bench: 
 def test_followers_are_told_although_nobody_can_take_the_last_events(bench: Bench) -> None:
     bench.hold()
     bench.submit("a")
-    assert bench.inside.wait(10)
+    assert bench.inside.wait(60)
 
     def deaf(events: list[TokenEvent]) -> None:
         raise RuntimeError("the event loop is closed")

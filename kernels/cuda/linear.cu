@@ -9,17 +9,16 @@
 
 namespace flm {
 
-// x of one tile for this lane: 4 inputs of each step for row g of each 8; zeros outside of x.
+// x of one tile for this lane: 4 inputs of each step for row g of each 8, zeros from `inputs` on. at: of the first of them.
 template <class T, int STEPS, int COLS>
-__device__ __forceinline__ void load_x(uint2 (&to)[COLS][STEPS], const T* x_MK, int m, int M, int k, int K) {
+__device__ __forceinline__ void load_x(uint2 (&to)[COLS][STEPS], const T* const (&rows)[COLS], int at, bool whole,
+                                       int inputs) {
 #pragma unroll
   for (int c = 0; c < COLS; ++c)
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-      to[c][s] = make_uint2(0u, 0u);
-      if (m + 8 * c < M && k + 16 * s < K)
-        to[c][s] = *reinterpret_cast<const uint2*>(x_MK + (size_t)(m + 8 * c) * K + k + 16 * s);
-    }
+    for (int s = 0; s < STEPS; ++s)
+      if (whole || 16 * s < inputs) to[c][s] = *reinterpret_cast<const uint2*>(rows[c] + at + 16 * s);
+      else to[c][s] = make_uint2(0u, 0u);
 }
 
 // k_tiles: tiles along K, padding included; span: tiles of which a slice has a whole number, groups included.
@@ -28,7 +27,8 @@ __global__ void __launch_bounds__(256, COLS == 1 && (GROUP == 0 || GROUP > 2) ? 
 linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __restrict__ scales,
        const float* __restrict__ bias_N, OUT* __restrict__ out_MN, int M, int N, int K, int k_tiles, int span,
        int accumulate) {
-  constexpr int kStep = kSteps<FORMAT>, kDepth = ROWS > 2 ? 2 : 4;
+  constexpr int kStep = kSteps<FORMAT>, kDepth = 8 / ROWS;
+  constexpr int kSpan = GROUP > kStep ? GROUP / kStep : 1;  // tiles of a group, at whose borders slices begin
   FLM_SMEM(float, parts, 8 * COLS * 8 * ROWS * 16);  // [warp][column][row]
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   int row_tile = blockIdx.x * ROWS, row_tiles = (N + 15) / 16, m0 = blockIdx.y * 8 * COLS;
@@ -36,14 +36,17 @@ linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __r
   int groups = GROUP ? k_tiles * kStep / GROUP : 0;
 
   Slice<T, S, GROUP, ROWS, COLS> slice;
-  const uint4* code[ROWS];
-  int base = min(row_tile, row_tiles - 1);
+  const uint4* code[ROWS];  // at `tile`
+  const T* rows[COLS];
+  int base = min(row_tile, row_tiles - 1), whole = min(last, K / (16 * kStep));  // tiles that end before K
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {  // rows behind the last are computed from the last, and not stored
     int row = min(row_tile + r, row_tiles - 1);
-    code[r] = codes + (size_t)row * k_tiles * 32 + lane;
+    code[r] = codes + ((size_t)row * k_tiles + tile) * 32 + lane;
     slice.row_stride[r] = (row - base) * groups * 16;
   }
+#pragma unroll
+  for (int c = 0; c < COLS; ++c) rows[c] = x_MK + (size_t)min(m0 + g + 8 * c, M - 1) * K + tile * kStep * 16 + 4 * t;
   if (GROUP) {
     slice.scales = scales + ((size_t)base * groups + tile * kStep / max(GROUP, 1)) * 16 + g;
     slice.load_scales(tile < last);
@@ -51,32 +54,41 @@ linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __r
 
   uint4 ring[kDepth][ROWS];
   uint2 x_next[COLS][kStep];
-  auto load_tile = [&](uint4(&to)[ROWS], int number) {
-    if (number >= last) return;
+  auto load_tile = [&](uint4(&to)[ROWS], int ahead) {
+    if (tile + ahead >= last) return;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) to[r] = ldg_stream(code[r] + (size_t)number * 32);
+    for (int r = 0; r < ROWS; ++r) to[r] = ldg_stream(code[r] + ahead * 32);
+  };
+  auto load_next = [&](int ahead) {
+    int number = tile + ahead;
+    if (number < whole) load_x(x_next, rows, ahead * kStep * 16, true, 0);
+    else if (number < last) load_x(x_next, rows, ahead * kStep * 16, false, K - number * kStep * 16 - 4 * t);
   };
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) load_tile(ring[i], tile + i);
-  load_x<T>(x_next, x_MK, m0 + g, M, tile * kStep * 16 + 4 * t, tile < last ? K : 0);
-  for (; tile < last; tile += kDepth) {
+  for (int i = 0; i < kDepth; ++i) load_tile(ring[i], i);
+  load_next(0);
+  while (tile < last) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       if (tile + i >= last) break;
       uint2 x_now[COLS][kStep];
       memcpy(x_now, x_next, sizeof x_now);
-      load_x<T>(x_next, x_MK, m0 + g, M, (tile + i + 1) * kStep * 16 + 4 * t, tile + i + 1 < last ? K : 0);
+      load_next(i + 1);
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
         uint2 x[COLS];
 #pragma unroll
         for (int c = 0; c < COLS; ++c) x[c] = x_now[c][s];
         slice.template step<FORMAT>(ring[i], x, s);
-        int done = (tile + i) * kStep + s + 1;
-        if (GROUP && done % max(GROUP, 1) == 0) slice.end_group(done < last * kStep);
+        if (ends_group<GROUP, kStep>(kDepth % kSpan ? tile + i : i, s)) slice.end_group(s + 1 < kStep || tile + i + 1 < last);
       }
-      load_tile(ring[i], tile + i + kDepth);
+      load_tile(ring[i], i + kDepth);
     }
+    tile += kDepth;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) code[r] += kDepth * 32;
+#pragma unroll
+    for (int c = 0; c < COLS; ++c) rows[c] += kDepth * kStep * 16;
   }
 
 #pragma unroll

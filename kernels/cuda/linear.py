@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions
 from flm.kernels.cuda.kernel import Device, Kernel, instance
-from flm.kernels.cuda.pack import NUMBERS, CudaMatrix
+from flm.kernels.cuda.pack import NUMBERS, STEPS, CudaMatrix
 
 THREADS = 256
 FEW = 16  # rows of x up to which warps share K rather than outputs
-TILED = 128, 64  # outputs and rows of x of a block where there are more
+WARPS = THREADS // 32
+SMALL_TILE = 1, 4  # see tiled_tile
 
 
 def kernel(weight: CudaMatrix, out: str, rows: int, cols: int) -> Kernel:
@@ -17,18 +18,41 @@ def kernel(weight: CudaMatrix, out: str, rows: int, cols: int) -> Kernel:
     return instance("linear.cu", "linear", weight.dtype, out, number, scale, weight.group, rows, cols)
 
 
-def tiled_kernel(weight: CudaMatrix, out: str) -> Kernel:
-    """The instance for many rows of x."""
+def tiled_kernel(weight: CudaMatrix, out: str, rows: int, along: int) -> Kernel:
+    """The instance for many rows of x. See tiled_tile."""
     number, scale = NUMBERS[weight.format], weight.scale_type
-    return instance("tiled_linear.cu", "tiled_linear", weight.dtype, out, number, scale, weight.group)
+    parameters = weight.dtype, out, number, scale, weight.group, rows, along
+    return instance("tiled_linear.cu", "tiled_linear", *parameters)
 
 
 def tile(N: int, M: int, processors: int) -> tuple[int, int]:
-    """Row tiles and column tiles of a block: few enough rows that every processor has a block."""
+    """Row tiles and column tiles of a block: as many rows as leave every processor with a block and a half, and hardly
+    more work on the busiest than single tiles would."""
     if M > 8:
         return 4, 2
     tiles = -(-N // 16)
-    return next((r for r in (4, 2) if tiles >= r * processors), 1), 1
+    busiest = lambda rows: -(-tiles // (rows * processors)) * rows
+    fits = lambda rows: tiles >= 1.5 * rows * processors and busiest(rows) <= 1.05 * busiest(1)
+    return next((rows for rows in (4, 2) if fits(rows)), 1), 1
+
+
+def tiled_tile(format: str, N: int, M: int, processors: int) -> tuple[int, int]:
+    """Row tiles of a warp, and warps of a block along the outputs; the others lie along x with 32 rows each. Weights with
+    scales leave registers for fewer sums. Small tiles where large ones leave processors without a block."""
+    large = (4, 2) if format == "float" else (2, 4)
+    outputs, rows = tiled_block(*large)
+    return large if -(-N // outputs) * -(-M // rows) >= processors else SMALL_TILE
+
+
+def tiled_block(rows: int, along: int) -> tuple[int, int]:
+    """Outputs and rows of x of a block."""
+    return 16 * rows * along, 32 * WARPS // along
+
+
+def tiled_memory(format: str, rows: int, along: int) -> int:
+    """Bytes of shared memory of a block: see Stage in tiled_linear.cu."""
+    pieces = rows * along * 4 // STEPS[format] * 32 + tiled_block(rows, along)[1] * 8
+    return 16 * pieces * (3 if format == "float" else 4)
 
 
 def linear(
@@ -66,8 +90,12 @@ def linear(
     ]
     args.append(int(accumulate))
     if M > FEW and weight.columns % 8 == 0:
-        grid = (-(-N // TILED[0]), -(-M // TILED[1]))
-        device.launch(tiled_kernel(weight, out), grid, THREADS, args)
+        shape = tiled_tile(weight.format, N, M, device.processors)
+        outputs, rows = tiled_block(*shape)
+        memory = tiled_memory(weight.format, *shape)
+        device.launch(
+            tiled_kernel(weight, out, *shape), (-(-N // outputs), -(-M // rows)), THREADS, args, memory
+        )
         return
     rows, cols = tile(N, M, device.processors)
     grid = (-(-N // (16 * rows)), -(-M // (8 * cols)))

@@ -7,6 +7,14 @@
 
 namespace flm {
 
+// Whether step s of a tile is the last of its group; where it can be told from s alone, it is.
+template <int GROUP, int STEPS>
+__device__ __forceinline__ bool ends_group(int tile, int s) {
+  if (!GROUP) return false;
+  if (GROUP <= STEPS) return (s + 1) % max(GROUP, 1) == 0;
+  return s == STEPS - 1 && (tile + 1) % (GROUP / STEPS > 0 ? GROUP / STEPS : 1) == 0;
+}
+
 // One warp's sums. GROUP: steps of 16 inputs that share a scale, 0 for weights without scales.
 template <class T, class S, int GROUP, int ROWS, int COLS>
 struct Slice {

@@ -1,82 +1,97 @@
-// linear.cu's product for many rows of x, with the same bits: a block makes 128 outputs for 64 rows, which its warps share
-// through shared memory. Warp w has outputs 32 * (w / 2) .. + 31 and rows 32 * (w % 2) .. + 31, over all of K.
+// linear.cu's product for many rows of x, with the same bits: 8 warps share weights and x through shared memory, in a ring
+// of stages of 64 inputs. WN warps lie along the outputs: a block makes 16 * ROWS * WN outputs for 32 * 8 / WN rows of x,
+// a warp 16 * ROWS for 32, over all of K.
+//
+// Weights lie as their fragments do. Rows of x have 128 bytes in a stage, and piece p of 16 bytes lies where p ^ 2 * (row % 4)
+// would, so that 4 rows' neighbours of 32 bytes, which half a warp reads at once, are in different banks.
 #include "slice.h"
 
 namespace flm {
 
-constexpr int kColumns = 64, kDeep = 64, kLead = kDeep + 16;  // rows of x, inputs of a stage, elements from row to row
+constexpr int kDeep = 64;  // inputs of a stage
 
-template <class T>
-__device__ __forceinline__ void load_stage(T* stage, const T* x_MK, int m0, int M, int k0, int K) {
+template <int FORMAT, int ROWS, int WN>
+struct Stage {
+  static constexpr int kTiles = 4 / kSteps<FORMAT>, kRowTiles = ROWS * WN, kColumns = 32 * 8 / WN;
+  static constexpr int kCodes = kRowTiles * kTiles * 32, kPieces = kCodes + kColumns * kDeep / 8;
+  static constexpr int kStages = FORMAT == kFloat16 ? 3 : 4;
+};
+
+template <class T, int FORMAT, int ROWS, int WN>
+__device__ __forceinline__ void load_stage(uint4* stage, const uint4* codes, const T* x_MK, int row_tile0, int row_tiles,
+                                           int tile0, int k_tiles, int m0, int M, int K) {
+  using L = Stage<FORMAT, ROWS, WN>;
 #pragma unroll
-  for (int i = 0; i < kColumns * kDeep / 8 / 256; ++i) {
-    int piece = threadIdx.x + 256 * i, row = piece / (kDeep / 8), k = k0 + piece % (kDeep / 8) * 8, m = m0 + row;
-    bool inside = m < M && k < K;
-    cp_async16(stage + row * kLead + piece % (kDeep / 8) * 8, x_MK + (inside ? (size_t)m * K + k : 0), inside);
+  for (int i = 0; i < (L::kCodes + 255) / 256; ++i) {
+    if (threadIdx.x + 256 * i >= L::kCodes) break;
+    int piece = threadIdx.x + 256 * i, row = min(row_tile0 + piece / (32 * L::kTiles), row_tiles - 1);
+    int at = piece % (32 * L::kTiles), tile = tile0 + at / 32;
+    bool inside = tile < k_tiles;
+    cp_async16(stage + piece, codes + (inside ? ((size_t)row * k_tiles + tile0) * 32 + at : 0), inside);
   }
-  cp_async_commit();
+#pragma unroll
+  for (int i = 0; i < L::kColumns * kDeep / 8 / 256; ++i) {
+    int piece = threadIdx.x + 256 * i, row = piece / 8, k = tile0 * kSteps<FORMAT> * 16 + piece % 8 * 8, m = m0 + row;
+    bool inside = m < M && k < K;
+    cp_async16(stage + L::kCodes + row * 8 + (piece % 8 ^ (row & 3) * 2), x_MK + (inside ? (size_t)m * K + k : 0), inside);
+  }
 }
 
-template <class T, class OUT, int FORMAT, class S, int GROUP>
-__global__ void __launch_bounds__(256)
+template <class T, class OUT, int FORMAT, class S, int GROUP, int ROWS, int WN>
+__global__ void __launch_bounds__(256, 1)
 tiled_linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __restrict__ scales,
              const float* __restrict__ bias_N, OUT* __restrict__ out_MN, int M, int N, int K, int k_tiles, int span,
              int accumulate) {
-  constexpr int kStep = kSteps<FORMAT>, kTiles = 4 / kStep, ROWS = 2, COLS = 4;
-  FLM_SMEM(T, stages, 2 * kColumns * kLead);
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  int row_tile = blockIdx.x * 8 + warp / 2 * ROWS, row_tiles = (N + 15) / 16, m0 = blockIdx.y * kColumns;
-  int spans = k_tiles / span, groups = GROUP ? k_tiles * kStep / max(GROUP, 1) : 0;
+  using L = Stage<FORMAT, ROWS, WN>;
+  constexpr int kStep = kSteps<FORMAT>, COLS = 4;
+  FLM_DYN_SMEM(uint4, stages);
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, wn = warp % WN, wm = warp / WN;
+  int row_tile0 = blockIdx.x * L::kRowTiles, row_tile = row_tile0 + wn * ROWS, row_tiles = (N + 15) / 16;
+  int m0 = blockIdx.y * L::kColumns, spans = k_tiles / span, groups = GROUP ? k_tiles * kStep / max(GROUP, 1) : 0;
 
   Slice<T, S, GROUP, ROWS, COLS> slice;
-  const uint4* code[ROWS];
   int base = min(row_tile, row_tiles - 1);
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) {  // rows behind the last are computed from the last, and not stored
-    int row = min(row_tile + r, row_tiles - 1);
-    code[r] = codes + (size_t)row * k_tiles * 32 + lane;
-    slice.row_stride[r] = (row - base) * groups * 16;
-  }
+  for (int r = 0; r < ROWS; ++r)  // rows behind the last are computed from the last, and not stored
+    slice.row_stride[r] = (min(row_tile + r, row_tiles - 1) - base) * groups * 16;
   if (GROUP) {
     slice.scales = scales + (size_t)base * groups * 16 + g;
     slice.load_scales(true);
   }
   float total[ROWS][COLS][4] = {};
-  uint4 now[ROWS], next[ROWS];
+  int slice_number = 0, slice_end = spans / 8 * span, count = (k_tiles + L::kTiles - 1) / L::kTiles;
+  auto fetch = [&](int i) {
+    if (i < count)
+      load_stage<T, FORMAT, ROWS, WN>(stages + i % L::kStages * L::kPieces, codes, x_MK, row_tile0, row_tiles,
+                                      i * L::kTiles, k_tiles, m0, M, K);
+    cp_async_commit();
+  };
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) next[r] = ldg_stream(code[r]);
-  int slice_number = 0;
-
-  load_stage<T>(stages, x_MK, m0, M, 0, K);
-  for (int tile0 = 0, stage = 0; tile0 < k_tiles; tile0 += kTiles, stage ^= 1) {
-    if (tile0 + kTiles < k_tiles) {
-      load_stage<T>(stages + (stage ^ 1) * kColumns * kLead, x_MK, m0, M, (tile0 + kTiles) * kStep * 16, K);
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();
-    const T* x = stages + stage * kColumns * kLead + (warp % 2 * 32 + g) * kLead + 4 * t;
+  for (int i = 0; i < L::kStages - 1; ++i) fetch(i);
+  for (int number = 0; number < count; ++number) {
+    cp_async_wait<L::kStages - 2>();
+    __syncthreads();  // this stage is whole, and all are done with the one before, which is filled anew
+    fetch(number + L::kStages - 1);
+    const uint4* stage = stages + number % L::kStages * L::kPieces;
+    const uint2* x = reinterpret_cast<const uint2*>(stage + L::kCodes + (wm * 32 + g) * 8) + (t & 1);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      int tile = tile0 + i;
+    for (int i = 0; i < L::kTiles; ++i) {
+      int tile = number * L::kTiles + i;
       if (tile >= k_tiles) break;
-      memcpy(now, next, sizeof now);
-      if (tile + 1 < k_tiles)
+      uint4 now[ROWS];
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) next[r] = ldg_stream(code[r] + (size_t)(tile + 1) * 32);
+      for (int r = 0; r < ROWS; ++r) now[r] = stage[((wn * ROWS + r) * L::kTiles + i) * 32 + lane];
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
         uint2 part[COLS];
 #pragma unroll
-        for (int c = 0; c < COLS; ++c)
-          part[c] = *reinterpret_cast<const uint2*>(x + 8 * c * kLead + (i * kStep + s) * 16);
+        for (int c = 0; c < COLS; ++c) part[c] = x[64 * 2 * c + 2 * ((2 * (i * kStep + s) + (t >> 1)) ^ (g & 3) * 2)];
         slice.template step<FORMAT>(now, part, s);
-        int done = tile * kStep + s + 1;
-        if (GROUP && done % max(GROUP, 1) == 0) slice.end_group(done < k_tiles * kStep);
+        if (ends_group<GROUP, kStep>(tile, s)) slice.end_group(tile * kStep + s + 1 < k_tiles * kStep);
       }
-      while (slice_number < 8 && spans * (slice_number + 1) / 8 * span <= tile + 1) {
+      while (tile + 1 >= slice_end && slice_number < 8) {
         ++slice_number;  // where slices are empty, several end here
+        slice_end = spans * (slice_number + 1) / 8 * span;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
@@ -85,8 +100,8 @@ tiled_linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const 
             for (int e = 0; e < 4; ++e) total[r][c][e] += slice.acc[r][c][e], slice.acc[r][c][e] = 0.f;
       }
     }
-    __syncthreads();
   }
+  cp_async_wait<0>();
 
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
@@ -94,7 +109,7 @@ tiled_linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const 
     for (int c = 0; c < COLS; ++c)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        int n = (row_tile + r) * 16 + g + 8 * (e >> 1), m = m0 + warp % 2 * 32 + 8 * c + 2 * t + (e & 1);
+        int n = (row_tile + r) * 16 + g + 8 * (e >> 1), m = m0 + wm * 32 + 8 * c + 2 * t + (e & 1);
         if (n >= N || m >= M) continue;
         float v = total[r][c][e];
         if (bias_N) v += bias_N[n];

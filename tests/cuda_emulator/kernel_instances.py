@@ -36,6 +36,11 @@ def _grouped(
     return instance("tiled_grouped.cu", "tiled_grouped", *shared, gated)
 
 
+def _tiled(activation: str, out: str, format: int, scale: str, group: int, rows: int, along: int) -> Kernel:
+    parameters = activation, out, format, scale, group, rows, along
+    return instance("tiled_linear.cu", "tiled_linear", *parameters)
+
+
 INSTANCES: dict[Kernel, int] = {
     elementwise.rms_norm_kernel("float32", "float16", 4096): 48,
     elementwise.rms_norm_kernel("bfloat16", "bfloat16", 4096): 48,
@@ -55,6 +60,7 @@ INSTANCES: dict[Kernel, int] = {
     # int4, groups of 128: two blocks a multiprocessor, and one for more than 8 tokens
     _linear("float16", "float16", 4, "__half2", 8, 4, 1): 128,
     _linear("bfloat16", "bfloat16", 4, "__half2", 8, 4, 1): 128,
+    _linear("bfloat16", "bfloat16", 4, "__half2", 8, 2, 1): 128,
     _linear("bfloat16", "bfloat16", 4, "__half2", 8, 1, 1): 128,
     _linear("bfloat16", "bfloat16", 4, "__half2", 8, 4, 2): 255,
     _linear("bfloat16", "bfloat16", 4, "float2", 2, 4, 1): 255,
@@ -64,11 +70,13 @@ INSTANCES: dict[Kernel, int] = {
     _linear("bfloat16", "bfloat16", 9, "float", 8, 4, 1): 128,
     _linear("bfloat16", "float32", 16, "float", 0, 4, 1): 128,
     _linear("float16", "float16", 16, "float", 0, 4, 2): 128,
-    instance("tiled_linear.cu", "tiled_linear", "bfloat16", "bfloat16", 4, "__half2", 8): 255,
-    instance("tiled_linear.cu", "tiled_linear", "float16", "float16", 4, "float2", 2): 255,
-    instance("tiled_linear.cu", "tiled_linear", "bfloat16", "bfloat16", 8, "__half", 8): 255,
-    instance("tiled_linear.cu", "tiled_linear", "bfloat16", "bfloat16", 9, "float", 8): 255,
-    instance("tiled_linear.cu", "tiled_linear", "float16", "float32", 16, "float", 0): 128,
+    _tiled("bfloat16", "bfloat16", 4, "__half2", 8, 2, 4): 255,
+    _tiled("bfloat16", "bfloat16", 4, "__half2", 8, 1, 4): 128,
+    _tiled("float16", "float16", 4, "float2", 2, 2, 4): 255,
+    _tiled("bfloat16", "bfloat16", 8, "__half", 8, 2, 4): 255,
+    _tiled("bfloat16", "bfloat16", 9, "float", 8, 2, 4): 255,
+    _tiled("bfloat16", "bfloat16", 16, "float", 0, 4, 2): 255,
+    _tiled("float16", "float32", 16, "float", 0, 1, 4): 128,
     instance("embedding.cu", "embedding", "bfloat16", "float32", 4, "__half2", 8): 48,
     instance("embedding.cu", "embedding", "bfloat16", "float32", 8, "__half2", 1): 48,
     instance("embedding.cu", "embedding", "float16", "float16", 16, "float", 0): 40,

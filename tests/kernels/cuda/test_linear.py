@@ -34,9 +34,10 @@ FORMATS = [
 SHAPES = (
     (99, 1, 40, 512),
     (99, 3, 24, 2608),
-    (3, 8, 104, 1040),
-    (1, 5, 65, 300),
-    (1, 21, 100, 1536),
+    (2, 8, 122, 1040),
+    (1, 5, 125, 300),
+    (1, 21, 140, 1536),
+    (99, 70, 72, 528),
     (1, 9, 16, 16),
 )
 ALL_TILES = 128  # other groups are tested with two tiles
@@ -50,7 +51,9 @@ def kernels(activation, format, steps, scale, tiles=TILES, outs=("float32",)):
         for out, tile in itertools.product(outs, tiles)
     ]
     return made + [
-        instance("tiled_linear.cu", "tiled_linear", activation, out, number, scale, steps) for out in outs
+        instance("tiled_linear.cu", "tiled_linear", activation, out, number, scale, steps, *tile)
+        for out in outs
+        for tile in (ops.SMALL_TILE, (4, 2) if format == "float" else (2, 4))
     ]
 
 
@@ -172,12 +175,13 @@ def test_take_columns(activation):
     assert_caught([kernel], ("from >= 0 ?", "from > 0 ?"), check)
 
 
-def test_rows_of_a_batch_have_the_bits_they_have_alone(device):
+@pytest.mark.parametrize(("format", "group", "scale"), [("int4", 128, "__half2"), ("float", 0, "float")])
+def test_rows_of_a_batch_have_the_bits_they_have_alone(device, format, group, scale):
     rng = np.random.default_rng(3)
-    weight = pack(matrix(rng, 72, 1100, "int4", 128, "__half2"), "bfloat16", device)
-    x = normal(rng, (19, 1100), "bfloat16")
+    weight = pack(matrix(rng, 72, 1104, format, group, scale), "bfloat16", device)
+    x = normal(rng, (19, 1104), "bfloat16")
     results = []
-    for device.processors, rows in ((1, 19), (1, 16), (2, 8), (2, 1), (99, 1)):
+    for device.processors, rows in ((1, 19), (99, 19), (1, 16), (2, 8), (1, 8), (99, 1)):
         y = device.empty((rows, 72), "float32")
         ops.linear(device, x[:rows], weight, y)
         results.append(y)
@@ -203,15 +207,15 @@ def test_linear_under_all_schedules(device):
     [
         ("  __syncthreads();\n  for (int o", "  for (int o"),
         ("next[r][1] = scales[row_stride[r] + 8]", "next[r][1] = scales[row_stride[r]]"),
-        ("tile + i + kDepth);", "tile + i + kDepth + 1);"),
-        ("m + 8 * c < M", "m + 8 * c <= M"),
+        ("load_tile(ring[i], i + kDepth);", "load_tile(ring[i], i + kDepth + 1);"),
+        ("whole || 16 * s < inputs", "whole || 16 * s <= inputs + 16"),
         ("dot[r][c][i] = 0.f;", ""),
     ],
 )
 def test_faults_are_seen(edit):
     def check(device):
-        device.processors = 3
-        check_linear(device, "float16", "int4", 32, "__half2", 5, 104, 2624)
+        device.processors = 2
+        check_linear(device, "float16", "int4", 32, "__half2", 5, 122, 2616)
 
     assert_caught(kernels("float16", "int4", 2, "__half2", [(2, 1)])[:1], edit, check)
 
@@ -219,9 +223,10 @@ def test_faults_are_seen(edit):
 @pytest.mark.parametrize(
     "edit",
     [
-        ("    __syncthreads();\n  }\n\n#pragma", "  }\n\n#pragma"),
-        ("cp_async_wait<1>()", "cp_async_wait<2>()"),
-        ("<= tile + 1)", "<= tile)"),
+        ("    __syncthreads();  // this", "    // this"),
+        ("cp_async_wait<L::kStages - 2>()", "cp_async_wait<L::kStages - 1>()"),
+        ("while (tile + 1 >= slice_end", "while (tile >= slice_end"),
+        ("(g & 3) * 2)]", "(g & 1) * 2)]"),
         ("m < M && k < K", "k < K"),
     ],
 )

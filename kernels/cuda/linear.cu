@@ -36,13 +36,14 @@ linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __r
   int groups = GROUP ? k_tiles * kStep / GROUP : 0;
 
   Slice<T, S, GROUP, ROWS, COLS> slice;
-  const uint4* code[ROWS];  // at `tile`
+  int base = min(row_tile, row_tiles - 1), code_stride[ROWS];
+  const uint4* code = codes + ((size_t)base * k_tiles + tile) * 32 + lane;  // at `tile`, as `rows`
   const T* rows[COLS];
-  int base = min(row_tile, row_tiles - 1), whole = min(last, K / (16 * kStep));  // tiles that end before K
+  int whole = min(last, K / (16 * kStep));  // tiles that end before K
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {  // rows behind the last are computed from the last, and not stored
     int row = min(row_tile + r, row_tiles - 1);
-    code[r] = codes + ((size_t)row * k_tiles + tile) * 32 + lane;
+    code_stride[r] = (row - base) * k_tiles * 32;
     slice.row_stride[r] = (row - base) * groups * 16;
   }
 #pragma unroll
@@ -57,7 +58,7 @@ linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __r
   auto load_tile = [&](uint4(&to)[ROWS], int ahead) {
     if (tile + ahead >= last) return;
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) to[r] = ldg_stream(code[r] + ahead * 32);
+    for (int r = 0; r < ROWS; ++r) to[r] = ldg_stream(code + code_stride[r] + ahead * 32);
   };
   auto load_next = [&](int ahead) {
     int number = tile + ahead;
@@ -85,8 +86,7 @@ linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const S* __r
       load_tile(ring[i], i + kDepth);
     }
     tile += kDepth;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) code[r] += kDepth * 32;
+    code += kDepth * 32;
 #pragma unroll
     for (int c = 0; c < COLS; ++c) rows[c] += kDepth * kStep * 16;
   }

@@ -65,13 +65,13 @@ class Adapter:
         return max(map(self.rank, self.modules))
 
     def nbytes(self, shard: ShardSpec) -> int:
-        """Bytes of the factors on one rank."""
+        """Bytes of the factors on one rank; CPUs round the rank of `down` up to 16."""
         specs, total = decoder_tensors(shard.model), 0.0
         shared: set[str] = set()  # a fused module's down serves all of its matrices
         for matrix, module in self.modules.items():
             share = shard.share(specs[matrix].split)
             down, up = self.downs.storage(matrix).nbytes, self.ups.storage(matrix).nbytes
-            down = 0 if module in shared else down
+            down = 0 if module in shared else down * (-(-self.rank(matrix) // 16) * 16) // self.rank(matrix)
             total += down * share + up if cuts_inputs(matrix) else down + up * share
             shared.add(module)
         return int(total)

@@ -164,6 +164,8 @@ class Runner:
                 self._extend_table(item.slot, item.new_blocks)
             if item.new_tokens:
                 self.slots[item.slot].append(item.new_tokens)
+        if self.model.adapters:  # neighbours with one adapter share the reading of its factors
+            plan.scheduled.sort(key=lambda item: (item.num_tokens > 1, self.slots[item.slot].adapter))
 
     def _extend_table(self, slot: int, blocks: list[int]) -> None:
         state = self.slots[slot]

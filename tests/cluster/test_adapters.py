@@ -61,7 +61,7 @@ def test_the_plan_counts_adapters_and_refuses_those_of_other_models(tmp_path: Pa
     demand = Demand("m", LLAMA, tensor_parallel=2, adapters=(AdapterSource("a", str(tmp_path / "a")),))
     sizes, _ = rank_sizes(demand, read_shapes(LLAMA))
     plain, _ = rank_sizes(Demand("m", LLAMA, tensor_parallel=2), read_shapes(LLAMA))
-    assert sizes[0].adapter_bytes == 3 * 4 * (4 * 64 + 64 * 4 // 2 + 4 * 80 // 2 + 64 * 4)
+    assert sizes[0].adapter_bytes == 3 * 4 * (16 * 64 + 64 * 4 // 2 + 16 * 80 // 2 + 64 * 4)
     assert sizes[0].total_bytes == plain[0].total_bytes + sizes[0].adapter_bytes
     plan = plan_cluster(parse_config(YAML + "{a: a}", str(tmp_path / "c.yaml")), LAPTOP)
     assert plan.fits

@@ -141,16 +141,16 @@ def test_a_gguf_base_has_the_names_of_the_published_code(tmp_path: Path) -> None
 
 
 def test_what_a_rank_holds(tmp_path: Path) -> None:
-    """q: down whole, up by rows; down_proj: down by columns, up whole. 3 layers of float32."""
+    """q: down whole, up by rows; down_proj: down by columns, up whole; ranks of down in sixteens. 3 layers of float32."""
     found, config = opened(adapter(tmp_path / "a")), open_checkpoint(LLAMA).config
     assert config.layers == 3
-    whole = 3 * 4 * (4 * 64 + 64 * 4 + 2 * 80 + 64 * 2)
+    whole = 3 * 4 * (16 * 64 + 64 * 4 + 16 * 80 + 64 * 2)
     assert found.nbytes(ShardSpec(config)) == whole
-    assert found.nbytes(ShardSpec(config, 2)) == 3 * 4 * (4 * 64 + 64 * 4 // 2 + 2 * 80 // 2 + 64 * 2)
+    assert found.nbytes(ShardSpec(config, 2)) == 3 * 4 * (16 * 64 + 64 * 4 // 2 + 16 * 80 // 2 + 64 * 2)
     fused = write_adapter(tmp_path / "f", random_factors("baichuan7b", {"W_pack": 8}))
     config = open_checkpoint(GOLDEN / "baichuan7b").config
     assert opened(fused, GOLDEN / "baichuan7b").nbytes(ShardSpec(config)) == config.layers * 4 * (
-        8 * 64 + 192 * 8
+        16 * 64 + 192 * 8
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_writer import GOLDEN, random_factors, write_adapter, write_merged
+from gguf_writer import gguf_from_directory
 from llama_reference import from_directory
 
 from flm.worker import Engine, SamplingParams
@@ -151,6 +152,22 @@ def test_a_resumed_and_a_preempted_sequence_keep_their_adapter(three: Engine, tm
     with tiny("llama31", adapters={"a": adapter}, kv_bytes=8 * block) as tight:
         assert [done.token_ids for done in tight.generate(prompts, long)] == want
         assert tight.replica.load().preemptions > 0
+
+
+def test_a_gguf_base_and_quantised_weights_on_two_ranks(tmp_path: Path) -> None:
+    ranks = QKV | MLP
+    factors = random_factors("llama2", ranks)
+    adapters = {"a": write_adapter(tmp_path / "a", factors, rank_pattern=ranks)}
+    ids = ids_of("llama2")
+    with tiny("llama2", adapters=adapters) as engine:
+        want = engine.logits(ids, adapter="a")
+    file = gguf_from_directory(GOLDEN / "llama2", tmp_path / "m.gguf")
+    with tiny(file, adapters=adapters) as engine:
+        assert relative(engine.logits(ids, adapter="a"), want) < 2e-5
+    int8 = {"quantization": "int8:group=16", "adapters": adapters}
+    with tiny("llama2", **int8) as one, tiny("llama2", tensor_parallel=2, **int8) as two:
+        assert relative(one.logits(ids, adapter="a"), want) < 0.05
+        assert relative(two.logits(ids, adapter="a"), one.logits(ids, adapter="a")) < 2e-5
 
 
 def test_an_unknown_adapter_is_refused_by_name(three: Engine) -> None:

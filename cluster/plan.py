@@ -181,7 +181,7 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
             shapes = read_shapes(demand.path)
         except CheckpointError as error:
             raise ConfigError(str(error), field=f"models[{index}].path") from error
-        missing_there = missing_on_gpus(shapes.config, bool(demand.adapters)) if hardware.measured else ""
+        missing_there = missing_on_gpus(shapes.config) if hardware.measured else ""
         if demand.device == "auto":
             demand = replace(demand, device=_device(hardware, missing_there))
         elif demand.device == "cuda" and missing_there:

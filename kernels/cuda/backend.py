@@ -24,6 +24,7 @@ from flm.kernels.cuda.experts import ExpertCalls
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
 from flm.kernels.cuda.latent import LatentCalls, LatentSpace
 from flm.kernels.cuda.pack import CudaMatrix, pack
+from flm.kernels.cuda.recurrent import RecurrentCalls
 from flm.kernels.cuda.rope import CudaCache
 from flm.kernels.cuda.step_calls import ACTIVATION
 from flm.kernels.errors import DTypeError, KernelError
@@ -32,7 +33,7 @@ from flm.kernels.quant import QuantizedMatrix
 Array = Any
 
 
-class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls):
+class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
     """One GPU's ops. activation: "float16" or "bfloat16"."""
 
     def __init__(self, device: GraphDevice, activation: str = ACTIVATION) -> None:

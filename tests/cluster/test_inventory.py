@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flm.cluster import plan
 from flm.cluster.demand import Demand
 from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.cluster.inventory import nodes_of, rank_resources
@@ -85,11 +87,12 @@ def test_device_auto_means_gpus_that_can_run_the_model() -> None:
     assert devices(f"{golden}/llama31", "cpu", gpu) == ({"cpu"}, True)
 
 
-def test_what_gpus_cannot_run_is_said_or_runs_on_cpus() -> None:
+def test_what_gpus_cannot_run_is_said_or_runs_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Machine("n", 4, 99 * GIB, gpus=1, gpu=KNOWN_GPUS["h100"])
-    path = "tests/data/golden/rwkv4"
-    if not missing_on_gpus(read_shapes(path).config):
-        pytest.skip("GPUs run every family")
+    path = "tests/data/golden/llama31"
+    wide = lambda config: replace(config, attention=replace(config.attention, head_dim=512))
+    assert missing_on_gpus(wide(read_shapes(path).config)) == "heads wider than 256"
+    monkeypatch.setattr(plan, "missing_on_gpus", lambda config: missing_on_gpus(wide(config)))
     assert devices(path, "auto", gpu) == ({"cpu"}, True)
     assert devices(path, "cuda", gpu) == ({"cuda"}, False)
 

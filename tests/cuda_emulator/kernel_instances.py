@@ -15,6 +15,7 @@ from flm.kernels.cuda import (
     grouped,
     latent,
     linear,
+    recurrent,
     rope,
     sampling,
     staging,
@@ -98,6 +99,7 @@ INSTANCES: dict[Kernel, int] = {
     _grouped("float16", "float32", 9, "float", 8, 0, False): 255,
     _grouped("bfloat16", "float32", 16, "float", 0, 0, False): 255,
     experts.combine_kernel("bfloat16", 2048): 64,
+    **dict.fromkeys(recurrent.kernels("bfloat16"), 64),
     # latent attention: shared memory leaves room for two blocks of 128 threads a multiprocessor
     **dict.fromkeys(latent.attention_kernels("bfloat16", 512), 224),
     **dict.fromkeys(latent.attention_kernels("float16", 256), 168),

@@ -54,7 +54,7 @@ class TimeMix:
         self.bonus_C = loading.vector(w.vector(prefix + "bonus", rows))
         array = loading.workspace.array
         self._mixed_TX = array("mixed", 3 * loading.shard.model.hidden)
-        self._rkv = [array(name, rows.size) for name in ("receptance", "key", "value")]
+        self._rkv = [array(name, rows.size, dtype=np.float32) for name in ("receptance", "key", "value")]
         self._out_TC = array("recurred", rows.size)
 
     def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:

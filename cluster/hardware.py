@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from flm.cluster.units import Bytes
 from flm.kernels.cores import usable_cpus
-from flm.kernels.cuda.inventory import visible_gpus
+from flm.kernels.cuda.inventory import visible_gpus, why_none
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Hardware:
 
     nodes: tuple[Machine, ...]
     measured: bool = False
+    no_gpus: str = ""  # why this machine has none that can be used
 
 
 class GpuSpec(BaseModel):
@@ -123,7 +124,8 @@ def measure_hardware() -> Hardware:
     alike = [gpu for gpu in gpus if gpu == gpus[0]]
     gpu = Gpu(alike[0].name, alike[0].memory, alike[0].bandwidth) if alike else None
     memory, bandwidth = psutil.virtual_memory().available, _copy_bandwidth(min(cpus, 16))
-    return Hardware((Machine("localhost", cpus, memory, bandwidth, len(alike), gpu),), measured=True)
+    node = Machine("localhost", cpus, memory, bandwidth, len(alike), gpu)
+    return Hardware((node,), measured=True, no_gpus="" if alike else why_none())
 
 
 def known_gpu(kind: str) -> Gpu | None:

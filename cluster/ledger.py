@@ -19,9 +19,13 @@ class NodeLedger:
     def memory_free(self) -> int:
         return self.node.memory - self.memory_used
 
+    @property
+    def gpus_free(self) -> int:
+        return self.node.gpus - self.gpus_used
+
     def has_room(self, device: str, sizes: list[RankSize]) -> bool:
         if device == "cuda":
-            return len(sizes) <= self.node.gpus - self.gpus_used
+            return len(sizes) <= self.gpus_free
         return len(sizes) <= self.node.cpus and sum(size.total_bytes for size in sizes) <= self.memory_free
 
     def add(self, model: str, rank: int, device: str, size: RankSize) -> None:
@@ -51,24 +55,31 @@ class NodeLedger:
 def place_replica(
     model: str, replica: int, device: str, sizes: list[RankSize], ledgers: list[NodeLedger]
 ) -> tuple[list[NodeLedger], str]:
-    """A node for each rank: one node for all of them where possible, for GPUs else as few as possible. Books them,
-    and returns them with what is missing ("" where nothing is)."""
-    roomy = sorted(ledgers, key=lambda ledger: -ledger.memory_free)
-    chosen, problem = [next((l for l in roomy if l.has_room(device, sizes)), roomy[0])] * len(sizes), ""
-    if not chosen[0].has_room(device, sizes):
-        if device == "cuda":
-            free = [l for l in ledgers for _ in range(l.node.gpus - l.gpus_used)]
-            if len(free) < len(sizes):
-                have = f"{len(free)} free of {sum(l.node.gpus for l in ledgers)}"
-                problem = f"model {model} replica {replica}: short of {len(sizes) - len(free)} GPUs; {len(sizes)} needed, {have}"
-                return [], problem
-            chosen = free[: len(sizes)]
-        elif len(sizes) > max(l.node.cpus for l in ledgers):
-            best = max(ledgers, key=lambda ledger: ledger.node.cpus).node
+    """The node of all ranks, once for each: the one with room, of GPUs the tightest. Books them, and returns them with what
+    is missing ("" where nothing is)."""
+    fitting = [ledger for ledger in ledgers if ledger.has_room(device, sizes)]
+    if device == "cuda":
+        if not fitting:
+            return [], _short_of_gpus(f"model {model} replica {replica}", len(sizes), ledgers)
+        chosen, problem = min(fitting, key=lambda ledger: ledger.gpus_free), ""
+    else:
+        chosen, problem = max(fitting or ledgers, key=lambda ledger: ledger.memory_free), ""
+        best = max(ledgers, key=lambda ledger: ledger.node.cpus).node
+        if len(sizes) > best.cpus:
             problem = (
                 f"model {model}: tensor_parallel {len(sizes)} needs as many cores on one machine; "
                 f"{best.name} has {best.cpus}"
             )
-    for rank, (ledger, size) in enumerate(zip(chosen, sizes, strict=True)):
-        ledger.add(model, rank, device, size)
-    return chosen, problem
+    for rank, size in enumerate(sizes):
+        chosen.add(model, rank, device, size)
+    return [chosen] * len(sizes), problem
+
+
+def _short_of_gpus(who: str, wanted: int, ledgers: list[NodeLedger]) -> str:
+    free, best = sum(each.gpus_free for each in ledgers), max(ledgers, key=lambda each: each.gpus_free)
+    if free < wanted:
+        return f"{who}: short of {wanted - free} GPUs; {wanted} needed, {free} free of {sum(l.node.gpus for l in ledgers)}"
+    return (
+        f"{who}: {wanted} GPUs of one node needed, for the ranks of a replica stay on one; {best.node.name} has the most "
+        f"free, {best.gpus_free}; lower tensor_parallel"
+    )

@@ -197,6 +197,8 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
         except CheckpointError as error:
             raise ConfigError(str(error), field=f"models[{index}].adapters") from error
         models.append(model)
+        if demand.device == "cuda" and hardware.no_gpus:
+            missing = [f"{problem} ({hardware.no_gpus})" for problem in missing]
         problems += missing
         obstacles += [f"model {demand.name}: {shapes.unservable}"] if shapes.unservable else []
     problems += [problem for ledger in ledgers for problem in ledger.problems()]

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from flm.kernels.cuda.jit import OLDEST_ARCH, Progress, compile_all, compile_kernel
+from flm.kernels.cuda.inventory import CUPY_MISSING, compute_capability, require_usable
+from flm.kernels.cuda.jit import Progress, compile_all, compile_kernel
 from flm.kernels.cuda.kernel import Kernel
 from flm.kernels.errors import DeviceFailed, DeviceMemoryFull, KernelError, UnsupportedDevice
 from flm.kernels.staging import DeviceMemory
@@ -23,9 +24,7 @@ def _cupy() -> Any:
     try:
         import cupy
     except ImportError as e:
-        raise UnsupportedDevice(
-            "cupy is not installed: pip install 'flm-cluster[cuda13]' for drivers from 580, 'flm-cluster[cuda12]' for older"
-        ) from e
+        raise UnsupportedDevice(CUPY_MISSING) from e
     return cupy
 
 
@@ -36,28 +35,10 @@ class CupyDevice:
         """Raises UnsupportedDevice where there is no such GPU, no driver for it, or it is older than sm_80."""
         self._cp = cp = _cupy()
         runtime = cp.cuda.runtime
-        try:
-            count = runtime.getDeviceCount()
-        except runtime.CUDARuntimeError as e:
-            raise UnsupportedDevice(f"no usable NVIDIA driver: {e}; see nvidia-smi, or run on the CPU") from e
-        if ordinal >= count:
-            raise UnsupportedDevice(
-                f"GPU {ordinal} asked for, {count} visible; see nvidia-smi and CUDA_VISIBLE_DEVICES"
-            )
-        driver, built = runtime.driverGetVersion(), runtime.runtimeGetVersion()
-        if driver // 1000 < built // 1000:
-            raise UnsupportedDevice(
-                f"a driver for CUDA {built // 1000} expected, this one knows CUDA {driver // 1000}.{driver % 1000 // 10}; "
-                f"update it, or install 'flm-cluster[cuda{driver // 1000}]'"
-            )
+        facts = require_usable(runtime, ordinal)
         cp.cuda.Device(ordinal).use()
-        facts = runtime.getDeviceProperties(ordinal)
-        self.ordinal, self.arch = ordinal, 10 * facts["major"] + facts["minor"]
+        self.ordinal, self.arch = ordinal, compute_capability(facts)
         self.name, self.processors = facts["name"].decode(), int(facts["multiProcessorCount"])
-        if self.arch < OLDEST_ARCH:
-            raise UnsupportedDevice(
-                f"compute capability 8.0 or newer expected, {self.name} has {self.arch / 10}"
-            )
         self._functions: dict[Kernel, Any] = {}
         self._staged: list[Any] = []
         self._errors = (runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError)

@@ -251,3 +251,18 @@ def test_a_cache_of_auto_is_what_a_gpu_leaves() -> None:
         assert share * gpu.memory - block < largest <= share * gpu.memory
     tight = plan_demands([replace(demand, tensor_parallel=2, gpu_memory=0.5)], gpu_host(4))
     assert "may fill" in problems(tight)
+
+
+def test_the_ranks_of_a_replica_stay_on_one_node() -> None:
+    """Enough GPUs in all are not enough; the tightest node with room is taken."""
+    machine = Machine("n0", 32, 512 * GIB, 0.0, 2, KNOWN_GPUS["h200"])
+    hardware = Hardware((replace(machine, name="big", gpus=4), machine, replace(machine, name="n1")))
+    demand = Demand("m", str(DEPLOY / "shapes" / "qwen-72b"), "cuda", 2, max_context=8192)
+    plan = plan_demands([demand], hardware)
+    assert [rank.node for rank in plan.models[0].ranks] == ["n0", "n0"]
+    text = problems(plan_demands([replace(demand, tensor_parallel=8)], hardware))
+    assert (
+        "8 GPUs of one node needed, for the ranks of a replica stay on one; big has the most free, 4" in text
+    )
+    text = problems(plan_demands([demand], replace(LAPTOP, no_gpus="no NVIDIA driver is loaded")))
+    assert "short of 2 GPUs; 2 needed, 0 free of 0 (no NVIDIA driver is loaded)" in text

@@ -23,9 +23,13 @@ GOLDEN = Path(__file__).parents[2] / "data" / "golden"
     ("cupy", "said"),
     [
         (None, "cupy is not installed: pip install 'flm-cluster\\[cuda13\\]'"),
+        (FakeCupy(driver=0), "no NVIDIA driver is loaded; see nvidia-smi, install one"),
         (FakeCupy(count=None), "no usable NVIDIA driver: cudaErrorInsufficientDriver"),
         (FakeCupy(count=0), "GPU 0 asked for, 0 visible; see nvidia-smi and CUDA_VISIBLE_DEVICES"),
-        (FakeCupy(driver=12040), "a driver for CUDA 13 expected, this one knows CUDA 12.4; update it"),
+        (
+            FakeCupy(driver=12040),
+            "a driver for CUDA 13 expected, this one knows CUDA 12.4; update it, or install .*cuda12.* in place",
+        ),
         (FakeCupy(major=7), "compute capability 8.0 or newer expected, Fake has 7.0"),
     ],
 )

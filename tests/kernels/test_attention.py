@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from paged_step import PagedStep, assert_any_cut_gives_the_same_bits, assert_padding_gives_zeros
 
 CASES = [  # heads, kv heads, head width, block size, context lengths, new tokens per sequence
     (9, 3, 64, 16, [1, 40, 333], [1, 1, 1]),
@@ -21,35 +22,26 @@ class Batch:
 
     def __init__(self, cpu, exact, rng, case, dtype) -> None:
         self.heads, self.kv, self.dim, bs, lengths, new = case
-        blocks = [-(-n // bs) for n in lengths]
-        ids = rng.permutation(sum(blocks) + 3).astype(np.int32)
-        self.tables = np.zeros((len(lengths), max(blocks) + 2), np.int32)
-        self.caches = [b.kv_cache(len(ids), bs, self.kv, self.dim, dtype) for b in (cpu, exact)]
+        step = self.step = PagedStep(rng, bs, lengths, new)
+        self.caches = [b.kv_cache(step.count, bs, self.kv, self.dim, dtype) for b in (cpu, exact)]
         self.caches[0].k[...] = np.nan  # what nobody wrote must not matter
         self.caches[0].v[...] = np.nan
-        taken = 0
-        for s, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
-            self.tables[s, :count] = ids[taken : taken + count]
-            taken += count
-            slots = (self.tables[s, :count, None] * bs + np.arange(bs)).reshape(-1)[:length].astype(np.int32)
+        for slots in step.slots:
             width = (self.heads + 2 * self.kv) * self.dim
-            qkv = (rng.standard_normal((length, width)) * 1.5).astype(np.float32)
+            qkv = (rng.standard_normal((len(slots), width)) * 1.5).astype(np.float32)
             flat = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
             for backend, cache in zip((cpu, exact), self.caches, strict=True):
-                spare = np.empty((length, self.heads, self.dim), np.float32)
-                backend.rope_kv_write(qkv, np.zeros(length, np.int32), slots, *flat, cache, spare)
-        self.index = np.repeat(np.arange(len(new)), new).astype(np.int32)
-        self.positions = np.concatenate(
-            [np.arange(n - m, n) for n, m in zip(lengths, new, strict=True)]
-        ).astype(np.int32)
-        self.q = rng.standard_normal((len(self.index), self.heads, self.dim)).astype(np.float32)
+                spare = np.empty((len(slots), self.heads, self.dim), np.float32)
+                backend.rope_kv_write(qkv, np.zeros(len(slots), np.int32), slots, *flat, cache, spare)
+        self.q = rng.standard_normal((len(step.index), self.heads, self.dim)).astype(np.float32)
 
     def run(self, backend, which=0, rows=slice(None), slopes=None):
         q = np.ascontiguousarray(self.q[rows])
         out = np.full(q.shape, np.nan, np.float32)
-        index, positions = np.ascontiguousarray(self.index[rows]), np.ascontiguousarray(self.positions[rows])
+        step = self.step
+        index, positions = np.ascontiguousarray(step.index[rows]), np.ascontiguousarray(step.positions[rows])
         backend.paged_attention(
-            q, self.caches[which], self.tables, index, positions, self.dim**-0.5, out, slopes
+            q, self.caches[which], step.tables, index, positions, self.dim**-0.5, out, slopes
         )
         return out
 
@@ -65,13 +57,8 @@ def test_against_float64(cpu, exact, rng, case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_do_not_depend_on_chunks_or_threads(cpu, cpu1, exact, rng, case, dtype):
     batch = Batch(cpu, exact, rng, case, dtype)
-    whole = batch.run(cpu)
-    assert np.array_equal(whole, batch.run(cpu1))
-    for size in (1, 2, 7):
-        parts = [batch.run(cpu, 0, slice(i, i + size)) for i in range(0, len(whole), size)]
-        assert np.array_equal(whole, np.concatenate(parts)), size
-    shuffled = rng.permutation(len(whole))
-    assert np.array_equal(whole[shuffled], batch.run(cpu, 0, shuffled))
+    run, alone = (lambda rows, b=b: batch.run(b, 0, rows) for b in (cpu, cpu1))
+    assert_any_cut_gives_the_same_bits(run, alone, rng)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -87,9 +74,4 @@ def test_slopes_make_far_keys_count_less(cpu, exact, rng, case):
 
 def test_padding_tokens_give_zeros(cpu, exact, rng):
     batch = Batch(cpu, exact, rng, CASES[2], np.float32)
-    whole = batch.run(cpu)
-    batch.index[[0, 7, 40]] = -1
-    got = batch.run(cpu)
-    assert not got[[0, 7, 40]].any()
-    rest = np.setdiff1d(np.arange(len(whole)), [0, 7, 40])
-    assert np.array_equal(got[rest], whole[rest])
+    assert_padding_gives_zeros(batch.step, lambda rows: batch.run(cpu, 0, rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from paged_step import PagedStep, assert_any_cut_gives_the_same_bits, assert_padding_gives_zeros
 
 from flm.kernels.errors import DTypeError, ShapeError
 from flm.kernels.quant import from_float, quantize
@@ -22,16 +23,12 @@ class Batch:
 
     def __init__(self, cpu, exact, rng, case, dtype) -> None:
         self.heads, self.latent, self.rotary, bs, lengths, new = case
-        blocks = [-(-n // bs) for n in lengths]
-        ids = rng.permutation(sum(blocks) + 3).astype(np.int32)
-        self.tables = np.zeros((len(lengths), max(blocks) + 2), np.int32)
-        self.caches = [b.latent_cache(len(ids), bs, self.latent, self.rotary, dtype) for b in (cpu, exact)]
+        step = self.step = PagedStep(rng, bs, lengths, new)
+        self.caches = [b.latent_cache(step.count, bs, self.latent, self.rotary, dtype) for b in (cpu, exact)]
         self.caches[0].rows[...] = np.nan  # what nobody wrote must not matter
-        taken, norm = 0, rng.standard_normal(self.latent).astype(np.float32)
-        for s, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
-            self.tables[s, :count] = ids[taken : taken + count]
-            taken += count
-            slots = (self.tables[s, :count, None] * bs + np.arange(bs)).reshape(-1)[:length].astype(np.int32)
+        norm = rng.standard_normal(self.latent).astype(np.float32)
+        for slots in step.slots:
+            length = len(slots)
             kv = (rng.standard_normal((length, self.latent + self.rotary)) * 1.5).astype(np.float32)
             flat = np.ones((1, self.rotary // 2), np.float32), np.zeros((1, self.rotary // 2), np.float32)
             for backend, cache in zip((cpu, exact), self.caches, strict=True):
@@ -39,18 +36,15 @@ class Batch:
                 outs = np.empty((length, 1, 1), np.float32), np.empty((length, 1, self.rotary), np.float32)
                 zeros = np.zeros(length, np.int32)
                 backend.latent_rope_write(q, kv, norm, 1e-6, zeros, slots, *flat, cache, *outs)
-        self.index = np.repeat(np.arange(len(new)), new).astype(np.int32)
-        spans = [np.arange(n - m, n) for n, m in zip(lengths, new, strict=True)]
-        self.positions = np.concatenate(spans).astype(np.int32)
-        shape = (len(self.index), self.heads)
+        shape = (len(step.index), self.heads)
         self.q = rng.standard_normal((*shape, self.latent)).astype(np.float32) / 2
         self.q_rope = rng.standard_normal((*shape, self.rotary)).astype(np.float32) / 2
 
     def run(self, backend, which=0, rows=slice(None)):
         pick = lambda a: np.ascontiguousarray(a[rows])
         out = np.full(pick(self.q).shape, np.nan, np.float32)
-        args = pick(self.index), pick(self.positions), 0.3, out
-        backend.latent_attention(pick(self.q), pick(self.q_rope), self.caches[which], self.tables, *args)
+        args = pick(self.step.index), pick(self.step.positions), 0.3, out
+        backend.latent_attention(pick(self.q), pick(self.q_rope), self.caches[which], self.step.tables, *args)
         return out
 
 
@@ -68,23 +62,13 @@ def test_against_float64(cpu, exact, rng, case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits_do_not_depend_on_chunks_or_threads(cpu, cpu1, exact, rng, case, dtype):
     batch = Batch(cpu, exact, rng, case, dtype)
-    whole = batch.run(cpu)
-    assert np.array_equal(whole, batch.run(cpu1))
-    for size in (1, 2, 7):
-        parts = [batch.run(cpu, 0, slice(i, i + size)) for i in range(0, len(whole), size)]
-        assert np.array_equal(whole, np.concatenate(parts)), size
-    shuffled = rng.permutation(len(whole))
-    assert np.array_equal(whole[shuffled], batch.run(cpu, 0, shuffled))
+    run, alone = (lambda rows, b=b: batch.run(b, 0, rows) for b in (cpu, cpu1))
+    assert_any_cut_gives_the_same_bits(run, alone, rng)
 
 
 def test_padding_tokens_give_zeros(cpu, exact, rng):
     batch = Batch(cpu, exact, rng, CASES[2], np.float32)
-    whole = batch.run(cpu)
-    batch.index[[0, 7, 40]] = -1
-    got = batch.run(cpu)
-    assert not got[[0, 7, 40]].any()
-    rest = np.setdiff1d(np.arange(len(whole)), [0, 7, 40])
-    assert np.array_equal(got[rest], whole[rest])
+    assert_padding_gives_zeros(batch.step, lambda rows: batch.run(cpu, 0, rows))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -138,7 +122,7 @@ def test_a_captured_program_follows_its_inputs(cpu, exact, rng):
     batch = Batch(cpu, exact, rng, CASES[0], np.float32)
     out = cpu.empty(batch.q.shape)
     with cpu.capture() as graph:
-        args = batch.tables, batch.index, batch.positions, 0.3, out
+        args = batch.step.tables, batch.step.index, batch.step.positions, 0.3, out
         cpu.latent_attention(batch.q, batch.q_rope, batch.caches[0], *args)
     for _ in range(2):
         graph.replay()

@@ -165,6 +165,7 @@ class ModelSection(Section, AdapterFields, PromptFields):
         start=1, min=0, max=MAX_REPLICAS
     )
     quantization: Quantization = "auto"
+    activations: Literal["auto", "bfloat16", "float16"] = "auto"
     generation_config: Literal["auto", "none"] = "auto"
     kv_cache: KvCacheSection = KvCacheSection()
     max_context: Annotated[int, Field(ge=0)] = 0

@@ -16,7 +16,6 @@ from flm.worker.errors import ConfigError
 # Code, activations and logits of one rank; on a GPU also the context and captured graphs.
 RUNTIME_BYTES = {"cpu": 250 << 20, "cuda": 3 << 30}
 GPU_SHARE = 0.92  # of a GPU's memory that ranks may fill, where the file does not say
-KV_DTYPES = {"cpu": HostMemory.kv_dtypes, "cuda": step_calls.kv_dtypes()}  # the usual one first
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Demand:
     expert_parallel: bool = False
     replicas: int = 1
     quantization: str = "auto"
+    activations: str = "auto"
     kv_dtype: str = "auto"
     kv_memory: int = 0  # 0: 1 GiB on CPUs, on GPUs what gpu_memory leaves
     gpu_memory: float = GPU_SHARE  # share of a GPU's memory that a rank may fill
@@ -66,11 +66,22 @@ class KVPlan:
     concurrency: int  # sequences of a full context that fit at once
 
 
+def _kv_dtypes(demand: Demand) -> tuple[str, ...]:
+    """The dtypes that caches can have, the usual one first."""
+    if demand.device == "cpu":
+        return HostMemory.kv_dtypes
+    return step_calls.kv_dtypes() if demand.activations == "auto" else step_calls.kv_dtypes(demand.activations)
+
+
 def check_cut(demand: Demand, shapes: Shapes) -> None:
     """ConfigError where the model cannot be cut into that many ranks, takes no context that long, or no cache like that."""
     tp, m = demand.tensor_parallel, shapes.config
-    if demand.kv_dtype not in ("auto", *KV_DTYPES[demand.device]):
-        known = " or ".join(KV_DTYPES[demand.device])
+    if demand.device == "cpu" and demand.activations != "auto":
+        raise ConfigError(
+            f"expected auto on cpu, which computes in float32, got {demand.activations}", field="activations"
+        )
+    if demand.kv_dtype not in ("auto", *_kv_dtypes(demand)):
+        known = " or ".join(_kv_dtypes(demand))
         raise ConfigError(
             f"expected auto, {known} on {demand.device}, got {demand.kv_dtype}", field="kv_cache.dtype"
         )
@@ -129,7 +140,7 @@ def _weights(demand: Demand, shapes: Shapes, shard: ShardSpec) -> tuple[int, int
 
 def _kv(demand: Demand, shapes: Shapes, shard: ShardSpec, budget: int) -> KVPlan:
     """The same count of blocks as the engine's: as many as fit, at most what all sequences can use."""
-    dtype = KV_DTYPES[demand.device][0] if demand.kv_dtype == "auto" else demand.kv_dtype
+    dtype = _kv_dtypes(demand)[0] if demand.kv_dtype == "auto" else demand.kv_dtype
     per_token = block_bytes(shard, 1, dtype)
     per_sequence = -(-context(demand, shapes) // demand.block_size)
     most = demand.max_sequences * per_sequence  # all of them where nothing is cached per token

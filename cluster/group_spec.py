@@ -24,6 +24,7 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         tensor_parallel=model.tensor_parallel,
         expert_parallel=model.expert_parallel,
         quantization=model.quantization,
+        activations=model.activations,
         kv_dtype=model.kv_cache.dtype,
         kv_bytes=model.kv_cache.memory,
         gpu_memory=model.gpu_memory,

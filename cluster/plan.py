@@ -161,6 +161,7 @@ def demand_of(model: ModelSection) -> Demand:
         expert_parallel=model.expert_parallel,
         replicas=model.replicas.start,
         quantization=model.quantization,
+        activations=model.activations,
         kv_dtype=model.kv_cache.dtype,
         kv_memory=model.kv_cache.memory,
         gpu_memory=model.gpu_memory,

@@ -24,7 +24,7 @@ from flm.worker.channel import (
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.comm import Communicator, LocalCommunicator, NotYetMet, connect_processes
 from flm.worker.device_cache import HOST_KV_BYTES, Held, kv_budget, shortage
-from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InvalidRequest
+from flm.worker.errors import BackendUnavailable, ConfigError, DoesNotFit, FlmError, InvalidRequest
 from flm.worker.group_spec import GroupSpec
 from flm.worker.limits import Limits
 from flm.worker.model import Decoder
@@ -58,7 +58,7 @@ class Rank:
         )
         self.max_context = _context(spec, self.checkpoint.config.max_position)
         try:
-            self.backend = open_backend(spec.device, spec.threads)
+            self.backend = open_backend(spec.device, spec.threads, spec.activations)
         except KernelError as error:  # no OpenMP, or more threads than numba was started with
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
         self._kv_dtype = kv_dtype(spec.kv_dtype, self.backend)
@@ -238,11 +238,16 @@ class Rank:
         self._comm.abort()
 
 
-def open_backend(device: str, threads: int) -> Backend:
-    """The backend of a device name. "reference" is the slow NumPy specification of every op.
+def open_backend(device: str, threads: int, activations: str = "auto") -> Backend:
+    """The backend of a device name. "reference" is the slow NumPy specification of every op. activations: of GPUs.
 
     Casts, because a backend takes back only weights and caches of its own making, which the protocol cannot say.
     """
+    known = ("auto", "bfloat16", "float16") if device == "cuda" else ("auto",)
+    if activations not in known:
+        raise ConfigError(
+            f"expected {' or '.join(known)} on {device}, got {activations!r}", field="activations"
+        )
     if device == "cpu":
         from flm.kernels.cpu.backend import CpuBackend
 
@@ -251,7 +256,7 @@ def open_backend(device: str, threads: int) -> Backend:
         from flm.kernels.cuda.backend import CudaBackend
         from flm.kernels.cuda.device import CupyDevice
 
-        return cast(Backend, CudaBackend(CupyDevice()))
+        return cast(Backend, CudaBackend(CupyDevice(), "float16" if activations == "float16" else "bfloat16"))
     if device == "reference":
         from flm.kernels.reference import ReferenceBackend
 

@@ -98,6 +98,13 @@ def test_what_gpus_cannot_run_is_said_or_runs_on_cpus(monkeypatch: pytest.Monkey
 
 
 def test_a_cache_that_the_device_cannot_have_is_refused() -> None:
-    demand = Demand("m", "tests/data/golden/llama31", "cpu", kv_dtype="int8")
-    with pytest.raises(ConfigError, match="expected auto, float32 or float16 on cpu, got int8"):
-        plan_demands([demand], Hardware((Machine("n", 4, GIB),)))
+    for device, activations, kv_dtype, words in (
+        ("cpu", "auto", "int8", "expected auto, float32 or float16 on cpu, got int8"),
+        ("cuda", "float16", "bfloat16", "expected auto, float16 or int8 on cuda, got bfloat16"),
+        ("cpu", "float16", "auto", "expected auto on cpu, which computes in float32, got float16"),
+    ):
+        demand = Demand(
+            "m", "tests/data/golden/llama31", device, activations=activations, kv_dtype=kv_dtype
+        )
+        with pytest.raises(ConfigError, match=words):
+            plan_demands([demand], Hardware((Machine("n", 4, GIB),)))

@@ -139,6 +139,7 @@ def test_a_follower_without_a_leader_gives_up(tmp_path: Path) -> None:
 def test_wrong_specs_are_refused_while_loading(tmp_path: Path) -> None:
     for changes, error, words in (
         ({"device": "tpu"}, FlmError, "expected cpu"),
+        ({"activations": "float16"}, ConfigError, "expected auto on cpu, got 'float16'"),
         ({"tensor_parallel": 64}, ConfigError, "64 ranks are too many for 4"),
         ({"path": str(tmp_path / "nowhere")}, FlmError, "nowhere"),
     ):

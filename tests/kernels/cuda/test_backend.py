@@ -11,7 +11,7 @@ from kernel_checks import on_gpu
 
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.errors import DTypeError, KernelError
-from flm.worker import Engine, SamplingParams, rank
+from flm.worker import Engine, SamplingParams
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 # of the largest logit, float16 activations: eleven bits, a few roundings in each layer
@@ -28,8 +28,9 @@ def device():
 
 
 def engine_on(device, monkeypatch, name, activation, **options):
-    monkeypatch.setattr(rank, "open_backend", lambda *_: CudaBackend(device, activation))
-    return Engine(GOLDEN / name, device="cuda", max_sequences=4, max_step_tokens=16, **options)
+    monkeypatch.setattr("flm.kernels.cuda.device.CupyDevice", lambda: device)
+    options |= {"activations": activation, "max_sequences": 4, "max_step_tokens": 16}
+    return Engine(GOLDEN / name, device="cuda", **options)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def engine_on(device, monkeypatch, name, activation, **options):
 def test_logits_are_near_the_golden_ones(device, monkeypatch, name, activation, options):
     ref = np.load(GOLDEN / name / "ref.npz")
     with engine_on(device, monkeypatch, name, activation, **options) as engine:
+        assert engine.ranks[0].backend.activation == activation
         whole = engine.logits(ref["ids"].tolist())
         cut = engine.logits(ref["ids"].tolist(), chunk=3)
     assert np.abs(whole - ref["logits"]).max() <= TOLERANCE[activation] * np.abs(ref["logits"]).max()

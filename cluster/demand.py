@@ -70,7 +70,9 @@ def _kv_dtypes(demand: Demand) -> tuple[str, ...]:
     """The dtypes that caches can have, the usual one first."""
     if demand.device == "cpu":
         return HostMemory.kv_dtypes
-    return step_calls.kv_dtypes() if demand.activations == "auto" else step_calls.kv_dtypes(demand.activations)
+    return (
+        step_calls.kv_dtypes() if demand.activations == "auto" else step_calls.kv_dtypes(demand.activations)
+    )
 
 
 def check_cut(demand: Demand, shapes: Shapes) -> None:

@@ -103,8 +103,6 @@ def test_a_cache_that_the_device_cannot_have_is_refused() -> None:
         ("cuda", "float16", "bfloat16", "expected auto, float16 or int8 on cuda, got bfloat16"),
         ("cpu", "float16", "auto", "expected auto on cpu, which computes in float32, got float16"),
     ):
-        demand = Demand(
-            "m", "tests/data/golden/llama31", device, activations=activations, kv_dtype=kv_dtype
-        )
+        demand = Demand("m", "tests/data/golden/llama31", device, activations=activations, kv_dtype=kv_dtype)
         with pytest.raises(ConfigError, match=words):
             plan_demands([demand], Hardware((Machine("n", 4, GIB),)))

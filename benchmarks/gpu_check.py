@@ -2,8 +2,8 @@
 
     PYTHONPATH=.typing python benchmarks/gpu_check.py [--only tests,sanitizer,speed]
 
-Kernel tests on the device against the reference, the engine on golden checkpoints, compute-sanitizer over the kernel tests,
-then speed. Needs cupy, NVRTC (extras cuda13, dev) and no Ray. Writes benchmarks/results/<device>.json and prints a table.
+Kernel tests on the device against the reference, the engine on golden checkpoints, two processes that share the GPU as the
+ranks of a replica, NCCL's calls, compute-sanitizer over one test of each kernel, then speed. Needs cupy, NVRTC (extras cuda13, dev) and no Ray. Writes benchmarks/results/<device>.json and prints a table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ CHECKED = (
     "test_linear.py",
     "test_attention.py",
     "test_sampling.py",
+    "test_between_gpus.py",
 )
+CHOSEN = "not faults and not golden and (schedules or take or alone or group_of_one or route)"
 
 
 def run_pytest(*arguments: str, prefix: tuple[str, ...] = (), timeout: float) -> dict[str, Any]:
@@ -67,8 +69,7 @@ def sanitized() -> dict[str, Any]:
     for kind in ("memcheck", "racecheck"):
         prefix = (tool, "--tool", kind, "--error-exitcode", "99", "--target-processes", "all")
         paths = [f"{TESTS}/{name}" for name in CHECKED]
-        chosen = "not faults and not golden and (schedules or take or alone)"
-        found[kind] = run_pytest(*paths, "-k", chosen, prefix=prefix, timeout=90)
+        found[kind] = run_pytest(*paths, "-k", CHOSEN, prefix=prefix, timeout=90)
     return found
 
 

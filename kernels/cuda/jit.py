@@ -11,8 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -104,14 +105,32 @@ def compile_kernel(kernel: Kernel, arch: int, cache: Path | None = None, folder:
     cubin, facts = cache / f"{key}.cubin", cache / f"{key}.json"
     if not cubin.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        options.append(f"-I{nvrtc.include_folder()}")
-        built = nvrtc.build(source, kernel.source, headers, kernel.name, options)
-        known = {"symbol": built.symbol, **resources(built.log, built.symbol), "kernel": asdict(kernel)}
-        _store(facts, json.dumps(known).encode())  # before the cubin, whose presence says that both are whole
-        _store(cubin, built.cubin)
+        with _alone(cache / f".lock-{key[:2]}"):  # ranks of a host start together, and want the same
+            if not cubin.exists():
+                options.append(f"-I{nvrtc.include_folder()}")
+                built = nvrtc.build(source, kernel.source, headers, kernel.name, options)
+                known = {
+                    "symbol": built.symbol,
+                    **resources(built.log, built.symbol),
+                    "kernel": asdict(kernel),
+                }
+                _store(
+                    facts, json.dumps(known).encode()
+                )  # before the cubin, whose presence says: both are whole
+                _store(cubin, built.cubin)
     known = json.loads(facts.read_text())
     known.pop("kernel")
     return Compiled(cubin, **known)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process or thread that asks for the same file is inside meanwhile."""
+    import fcntl  # where there are NVIDIA GPUs and no fcntl, NVRTC is not found either
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _store(path: Path, content: bytes) -> None:

@@ -53,6 +53,7 @@ class FakeCupy:
         self.allocations: dict[int, np.ndarray] = {}
         self.opened: list[tuple[bytes, int]] = []
         self.synchronized = 0
+        self.loaded: list[tuple[str, str]] = []
         facts = {"major": major, "minor": 0, "name": b"Fake", "multiProcessorCount": 4}
         calls = SimpleNamespace(
             getDeviceCount=self._device_count,
@@ -77,6 +78,15 @@ class FakeCupy:
             get_current_stream=lambda: stream,
             alloc_pinned_memory=lambda size: np.full(size, 0xFF, np.uint8).view(PinnedMemory),
         )
+
+    def RawModule(self, path: str) -> Any:
+        """`loaded` remembers what was asked for."""
+
+        def get_function(symbol: str) -> Any:
+            self.loaded.append((path, symbol))
+            return lambda grid, block, args, shared_mem: self._maybe_fail()
+
+        return SimpleNamespace(get_function=get_function)
 
     def get_default_memory_pool(self) -> Any:
         return SimpleNamespace(free_all_blocks=lambda: None)

@@ -12,6 +12,7 @@ from fake_cupy import CUDADriverError, CUDARuntimeError, FakeCupy
 from flm.kernels.cuda import nvrtc
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.device import CupyDevice
+from flm.kernels.cuda.kernel import instance
 from flm.kernels.errors import DeviceFailed, DeviceMemoryFull, ToolkitMissing, UnsupportedDevice
 from flm.worker import Engine
 from flm.worker.errors import BackendUnavailable
@@ -80,6 +81,22 @@ def test_what_a_gpu_fails_with_is_told(cupy):
             use()
     with pytest.raises(UnsupportedDevice, match="another rank's GPU cannot be mapped: CUDA_ERROR_OUT"):
         device.attach(bytes(64))
+
+
+def test_kernels_are_loaded_ahead_and_failing_launches_told(cupy, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernels = [instance("take_rows.cu", "take_rows", kind) for kind in ("uint4", "short")]
+    for _ in range(2):  # the second finds the cache
+        told, device = [], CupyDevice()
+        device.prepare(kernels, lambda *each, told=told: told.append(each[:2]))
+        assert told == [(1, 2), (2, 2)]
+        monkeypatch.setattr(nvrtc, "build", lambda *a: pytest.fail("compiled again"))
+    assert len(cupy.loaded) == 4
+    device.launch(kernels[0], (1,), 32, [None, 1, 2.0])
+    assert len(cupy.loaded) == 4
+    cupy.fails = CUDADriverError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", 700)
+    with pytest.raises(DeviceFailed, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        device.launch(kernels[0], (1,), 32, [])
 
 
 def test_memory_that_processes_share(cupy):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from kernel_instances import INSTANCES
 
@@ -42,6 +45,23 @@ def test_a_warm_start_compiles_nothing(folder, monkeypatch):
     assert cold.path.read_bytes().startswith(b"\x7fELF")
     monkeypatch.setattr(nvrtc, "build", lambda *a: pytest.fail("compiled again"))
     assert jit.compile_kernel(SCALE, 90, folder / "cache", folder) == cold
+
+
+def test_ranks_that_start_together_compile_once(folder, monkeypatch):
+    built, build, started = [], nvrtc.build, threading.Barrier(3)
+
+    def counted(*args):
+        built.append(args)
+        return build(*args)
+
+    def start():
+        started.wait()
+        return jit.compile_kernel(SCALE, 90, folder / "cache", folder)
+
+    monkeypatch.setattr(nvrtc, "build", counted)
+    with ThreadPoolExecutor(3) as pool:
+        made = [future.result() for future in [pool.submit(start) for _ in range(3)]]
+    assert len(built) == 1 and made[0] == made[1] == made[2]
 
 
 def test_an_edited_header_is_compiled_anew(folder):

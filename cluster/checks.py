@@ -67,14 +67,15 @@ def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tupl
 
 
 def _most_ranks(device: str, wanted: int) -> str:
-    """How many ranks of one replica this machine can hold, as "2 cores"; "" where that is enough."""
-    cpus = usable_cpus() if device != "cuda" else 0
-    if wanted <= cpus:
+    """How many ranks of one replica this machine can hold, as "2 cores"; "" where that is enough. Where only GPUs will
+    do, the plan says what is missing of them."""
+    cpus = usable_cpus()
+    if wanted <= cpus or device == "cuda":
         return ""
-    gpus = len(visible_gpus()) if device != "cpu" else 0
+    gpus = len(visible_gpus()) if device == "auto" else 0
     if wanted <= gpus:
         return ""
-    return f"{gpus} GPUs" if gpus > cpus or device == "cuda" else f"{cpus} cores"
+    return f"{gpus} GPUs" if gpus > cpus else f"{cpus} cores"
 
 
 def _own_cluster_at(listen: str) -> str:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from flm.kernels.errors import CollectiveTimeout
 
-PERIOD = 0.25  # seconds between looks
-LONG = 1.0  # seconds that a step may take before anyone looks
+LOOKS_PER_TIMEOUT = 40
 LOOKS = 4  # in a row must find a process at work: threads that do not compute wake now and then
+PROOF = 8  # looks without a sign of life before a rank is given up: an observer that was held up itself proves nothing
 PATIENCE = 6  # times the time-out that even ranks at work get for a step: one may spin for ever
 
 
@@ -32,10 +32,12 @@ class Awaited:
 
 @dataclass
 class _Sign:
-    """When a rank last moved or was at work, its exchanges then, and the looks in a row that found it at work."""
+    """When a rank last moved or was at work, its exchanges then, the looks in a row that found it at work, and those
+    since that time."""
 
     time: float
     exchanges: int
+    busy: int = 0
     looks: int = 0
 
 
@@ -72,7 +74,7 @@ class Vigil:
         give_up: Callable[[], None],
         looks_at_work: Callable[[int, int], bool] = at_work,
     ) -> None:
-        self.rank, self.timeout = rank, timeout
+        self.rank, self.timeout, self.period = rank, timeout, timeout / LOOKS_PER_TIMEOUT
         self.failure: CollectiveTimeout | None = None
         self._waited_for, self._give_up, self._at_work = waited_for, give_up, looks_at_work
         self._began = 0.0  # monotonic; 0 between steps
@@ -110,24 +112,25 @@ class Vigil:
     def look(self, now: float) -> None:
         """One look; gives up where another rank has done nothing for too long."""
         began = self._began
-        if not began or now - began < LONG or self.failure is not None:
+        if not began or now - began < LOOKS * self.period or self.failure is not None:
             return
         first = self._looked_at != began
         before = {} if first else self._signs
         signs: dict[int, _Sign] = {}
         for rank, awaited in self._waited_for().items():
             sign = before.get(rank) or _Sign(began if first else now, awaited.exchanges)
-            busy = self._at_work(awaited.pid, threading.get_native_id())
-            sign.looks = sign.looks + 1 if busy else 0
-            if sign.looks >= LOOKS or awaited.exchanges != sign.exchanges:
-                sign.time, sign.exchanges = now, awaited.exchanges
+            sign.busy = sign.busy + 1 if self._at_work(awaited.pid, threading.get_native_id()) else 0
+            sign.looks += 1
+            if sign.busy >= LOOKS or awaited.exchanges != sign.exchanges:
+                sign.time, sign.exchanges, sign.looks = now, awaited.exchanges, 0
             signs[rank] = sign
         self._signs, self._looked_at = signs, began
-        hung = [r for r, sign in signs.items() if r != self.rank and now - sign.time > self.timeout]
+        over = [r for r, s in signs.items() if now - s.time > self.timeout and s.looks >= PROOF]
+        hung = [r for r in over if r != self.rank]
         if hung:
             self.failure = CollectiveTimeout(self.rank, hung, self.timeout)
             self._give_up()
 
     def _run(self) -> None:
-        while not self._stopped.wait(PERIOD):
+        while not self._stopped.wait(self.period):
             self.look(time.monotonic())

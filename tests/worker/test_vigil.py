@@ -15,11 +15,11 @@ import pytest
 
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout
 from flm.kernels.reference import ReferenceBackend
-from flm.worker import vigil as module
 from flm.worker.comm import SharedMemoryCommunicator
-from flm.worker.vigil import LONG, LOOKS, PATIENCE, PERIOD, Awaited, Vigil, at_work
+from flm.worker.vigil import LOOKS, LOOKS_PER_TIMEOUT, PATIENCE, PROOF, Awaited, Vigil, at_work
 
 TIMEOUT = 10.0
+PERIOD = TIMEOUT / LOOKS_PER_TIMEOUT
 
 
 @pytest.fixture
@@ -106,6 +106,16 @@ def test_a_rank_that_is_starved_of_cores_is_not() -> None:
     assert world.missing() == (1,)
 
 
+def test_an_observer_that_was_held_up_itself_proves_nothing() -> None:
+    world = World()
+    for _ in range(PROOF - 1):
+        world.now += TIMEOUT
+        world.vigil.look(world.now)
+    assert world.missing() == ()
+    world.vigil.look(world.now)
+    assert world.missing() == (1,)
+
+
 def test_threads_that_wake_now_and_then_are_no_sign_of_life() -> None:
     world = World()
     for _ in range(20):
@@ -151,9 +161,10 @@ def test_who_spins_for_ever_is_not_at_work_for_ever() -> None:
 
 def test_short_steps_are_not_looked_at() -> None:
     world = World()
-    world.look(LONG - PERIOD)
+    world.look((LOOKS - 1) * PERIOD)
     assert world.vigil._signs == {}
-    world.look(LONG)
+    world.look(PERIOD)
+    assert world.vigil._signs.keys() == {1}
     world.vigil._began = 0.0
     assert world.vigil.still(world.now) is None
 
@@ -182,12 +193,8 @@ while True:
 """
 
 
-def test_of_processes_the_slow_one_is_awaited_and_the_stopped_one_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_processes_the_slow_one_is_awaited_and_the_stopped_one_named(tmp_path: Path) -> None:
     """One that computes for longer than the time-out, and comes; then it is stopped."""
-    monkeypatch.setattr(module, "PERIOD", 0.05)
-    monkeypatch.setattr(module, "LONG", 0.1)
     path = tmp_path / "group.shm"
     with subprocess.Popen([sys.executable, "-c", BUSY, str(path)]) as other:
         try:

@@ -22,6 +22,7 @@ from typing import Any
 import gpu_decode
 import gpu_dummy
 import gpu_kernels
+import gpu_peers
 
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.device import CupyDevice
@@ -40,6 +41,10 @@ CHECKED = (
     "test_between_gpus.py",
 )
 CHOSEN = "not faults and not golden and (schedules or take or alone or group_of_one or route)"
+
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
+SAMPLING = {"greedy": (0.0,), "drawn": (1.0,), "top_p 0.9": (1.0, 0, 0.9), "top_k 50, top_p 0.9": (1.0, 50, 0.9)}
 
 
 def run_pytest(*arguments: str, prefix: tuple[str, ...] = (), timeout: float) -> dict[str, Any]:
@@ -108,17 +113,31 @@ def copy_rate(device: CupyDevice) -> float:
     return 10 * 2 * a.nbytes / (float(cupy.cuda.get_elapsed_time(start, end)) / 1e3)
 
 
+def product_speed(
+    device: Any, time_of: gpu_kernels.Timer, rate: float, n: int, enough: int, tokens: tuple[int, ...]
+) -> list[gpu_kernels.Measured]:
+    """Products with n outputs of as many inputs, in every format."""
+    k, results = max(n, 128), []
+    for format in ("int4", "int8", "float"):
+        for m in tokens:
+            calls, nbytes = gpu_kernels.linear_calls(device, n, k, m, format, "bfloat16", enough)
+            what = f"{format} product {n}x{k}, {m} tokens"
+            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate, 2.0 * m * n * k))
+    return results
+
+
 def kernel_speed(
     device: Any, time_of: gpu_kernels.Timer, rate: float, small: bool = False
 ) -> list[dict[str, Any]]:
     """Every kernel of kernels.md's table that is there. small: sizes for a machine without a GPU."""
     n, context, vocab, enough = (64, 48, 1000, 1) if small else (8192, 4096, 152064, 256 << 20)
-    results = []
-    for format in ("int4", "int8", "float"):
-        for m in (1, 2) if small else (1, 2, 4, 8, 16, 64):
-            calls, nbytes = gpu_kernels.linear_calls(device, n, max(n, 128), m, format, "bfloat16", enough)
-            what = f"{format} product {n}x{max(n, 128)}, {m} tokens"
-            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
+    results = product_speed(device, time_of, rate, n, enough, (1, 2) if small else TOKENS)
+    for tokens, before in ((4, 32),) if small else ((4096, 0), (512, 3584)):
+        for kv in ("bfloat16", "int8"):
+            heads = (4, 2, 64) if small else (32, 8, 128)
+            calls, nbytes, flops = gpu_kernels.prefill_calls(device, tokens, before, heads, kv, "bfloat16")
+            what = f"attention, {tokens} tokens of a prompt behind {before}, {kv} cache"
+            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate, flops))
     for kv in ("bfloat16", "int8"):
         batch, heads = (2, (4, 2, 64)) if small else (32, (32, 8, 128))
         calls, nbytes = gpu_kernels.attention_calls(device, batch, context, heads, kv, "bfloat16", enough)
@@ -137,10 +156,12 @@ def kernel_speed(
     for tokens in (1, 4) if small else (1, 4096):
         for what, (calls, nbytes) in gpu_kernels.small_calls(device, tokens, n, "bfloat16").items():
             results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
-    for greedy in (True, False):
-        calls, nbytes = gpu_kernels.sampling_calls(device, 1, vocab, greedy)
-        what = f"sampling 1x{vocab}, {'greedy' if greedy else 'top_p 0.9'}"
-        results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
+    for rows in (1,) if small else (1, 16):
+        for what, options in SAMPLING.items():
+            calls, nbytes = gpu_kernels.sampling_calls(device, rows, vocab, *options)
+            results.append(
+                gpu_kernels.measure(f"sampling {rows}x{vocab}, {what}", calls, nbytes, time_of, rate)
+            )
     return gpu_kernels.as_rows(results)
 
 
@@ -194,11 +215,12 @@ def main() -> None:
         rate = copy_rate(device)
         results["copy_gigabytes_per_second"] = rate / 1e9
         results["kernels"] = kernel_speed(device, time_of, rate)
+        results["peers"] = gpu_peers.peer_speed(8192, TOKENS, rate)
         results["decode"] = decode_speed(device, rate)
     path = ROOT / "benchmarks" / "results" / f"{device.name.lower().replace(' ', '_')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n")
-    for row in [*results.get("kernels", []), *results.get("decode", [])]:
+    for row in [*results.get("kernels", []), *results.get("peers", []), *results.get("decode", [])]:
         print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v).ljust(44) for v in row.values()))
     print({key: results.get(key) for key in ("tests", "sanitizer")}, f"-> {path}")
     if not results.get("tests", {"passed": True})["passed"]:

@@ -24,12 +24,14 @@ Timer = Callable[[list[Call]], float]  # mean seconds of the calls, made one aft
 
 @dataclass(frozen=True)
 class Measured:
-    """One line of the table. share: of the bandwidth that a copy reaches on this device."""
+    """One line of the table. share: of the bandwidth that a copy reaches on this device. teraflops: a second, 0 for what
+    does hardly any arithmetic."""
 
     what: str
     microseconds: float
     gigabytes_per_second: float
     share: float
+    teraflops: float = 0.0
 
 
 def random_matrix(
@@ -103,6 +105,25 @@ def attention_calls(
     ], nbytes
 
 
+def prefill_calls(
+    device: Device, tokens: int, before: int, heads: tuple[int, int, int], kv: str, activation: str
+) -> tuple[list[Call], int, float]:
+    """A chunk of one prompt, `tokens` tokens behind `before` others; also its flops, of the keys that each token sees."""
+    (H, J, D), size, context = heads, 16, before + tokens
+    blocks = -(-context // size)
+    cache = rope.kv_cache(device, blocks, size, J, D, kv)
+    tables = device.asarray(np.arange(blocks, dtype=np.int32)[None])
+    index = device.asarray(np.zeros(tokens, np.int32))
+    positions = device.asarray(np.arange(before, context, dtype=np.int32))
+    q, out = zeros(device, (tokens, H, D), activation), device.empty((tokens, H, D), activation)
+    space = attention.attention_space(device, context, H, D)
+    call = lambda: attention.paged_attention(
+        device, q, cache, tables, index, positions, D**-0.5, out, space, decode=False
+    )
+    seen = tokens * before + tokens * (tokens + 1) / 2
+    return [call], cache.nbytes + 4 * tokens * H * D, 4 * seen * H * D
+
+
 def small_calls(
     device: Device, tokens: int, width: int, activation: str
 ) -> dict[str, tuple[list[Call], int]]:
@@ -122,24 +143,28 @@ def small_calls(
     }
 
 
-def sampling_calls(device: Device, rows: int, vocab: int, greedy: bool) -> tuple[list[Call], int]:
-    """Draws from `rows` rows of random logits, with top_p 0.9 unless greedy."""
+def sampling_calls(
+    device: Device, rows: int, vocab: int, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[list[Call], int]:
+    """Tokens of `rows` rows of random logits. Nobody asks for log-probabilities."""
     rng = np.random.default_rng(1)
     logits = device.asarray((rng.standard_normal((rows, vocab)) * 3).astype(np.float32))
     batch = SamplingBatch.greedy(rows)
-    if not greedy:
-        batch.temperature_S[...], batch.top_p_S[...] = 1.0, 0.9
+    batch.temperature_S[...], batch.top_k_S[...], batch.top_p_S[...] = temperature, top_k, top_p
     there = sampling.upload(device, batch)
-    ids, probabilities = device.empty((rows,), "int32"), device.empty((rows,), "float32")
+    ids = device.empty((rows,), "int32")
     room = sampling.SamplingSpace(device, rows, vocab)
-    call = lambda: sampling.sample(device, logits, there, ids, probabilities, room)
+    call = lambda: sampling.sample(device, logits, there, ids, None, room)
     return [call], rows * vocab * 4
 
 
-def measure(what: str, calls: list[Call], nbytes: int, timer: Timer, copy_rate: float) -> Measured:
-    """Time the calls; copy_rate in bytes a second."""
+def measure(
+    what: str, calls: list[Call], nbytes: int, timer: Timer, copy_rate: float, flops: float = 0.0
+) -> Measured:
+    """Time the calls; copy_rate in bytes a second, flops of each call."""
     seconds = timer(calls)
-    return Measured(what, seconds * 1e6, nbytes / seconds / 1e9, nbytes / seconds / copy_rate)
+    rate = nbytes / seconds
+    return Measured(what, seconds * 1e6, rate / 1e9, rate / copy_rate, flops / seconds / 1e12)
 
 
 def as_rows(results: list[Measured]) -> list[dict[str, Any]]:

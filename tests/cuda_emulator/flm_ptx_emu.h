@@ -62,10 +62,6 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emu_ldmatrix(r, 4, 
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
   emu_ldmatrix(r, 4, row, true, "ldmatrix.x4.trans");
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { emu_ldmatrix(r, 2, row, false, "ldmatrix.x2"); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  emu_ldmatrix(r, 2, row, true, "ldmatrix.x2.trans");
-}
 
 inline float emu_wide(__half, uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 inline float emu_wide(__nv_bfloat16, uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
@@ -100,7 +96,6 @@ inline uint4 ldg_stream(const uint4* p) {
   return *p;
 }
 inline float exp2_approx(float x) { return std::exp2(x); }
-inline void bar_sync(int id, int threads) { emu::barrier(id, threads, -1); }
 inline void st_release_sys(uint32_t* p, uint32_t v) {
   *p = v;
   ++emu::g.progress;

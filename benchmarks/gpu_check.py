@@ -44,7 +44,12 @@ CHOSEN = "not faults and not golden and (schedules or take or alone or group_of_
 
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
-SAMPLING = {"greedy": (0.0,), "drawn": (1.0,), "top_p 0.9": (1.0, 0, 0.9), "top_k 50, top_p 0.9": (1.0, 50, 0.9)}
+SAMPLING = {
+    "greedy": (0.0,),
+    "drawn": (1.0,),
+    "top_p 0.9": (1.0, 0, 0.9),
+    "top_k 50, top_p 0.9": (1.0, 50, 0.9),
+}
 
 
 def run_pytest(*arguments: str, prefix: tuple[str, ...] = (), timeout: float) -> dict[str, Any]:

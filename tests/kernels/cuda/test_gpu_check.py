@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import gpu_check
 import gpu_decode
-import gpu_peers
 import gpu_dummy
+import gpu_peers
 import numpy as np
 import pytest
 from emulator import EmulatedDevice
@@ -34,7 +34,9 @@ def test_every_kernel_is_measured(device):
 
     rows = gpu_check.kernel_speed(device, once, 1e9, small=True)
     assert len(rows) == 3 * 2 + 2 + 2 + 2 * 2 + 2 + 2 * 2 + 4
-    assert all((row["teraflops"] > 0) == ("product" in row["what"] or "of a prompt" in row["what"]) for row in rows)
+    assert all(
+        (row["teraflops"] > 0) == ("product" in row["what"] or "of a prompt" in row["what"]) for row in rows
+    )
     int4 = rows[0]
     assert int4["what"] == "int4 product 64x128, 1 tokens" and int4["microseconds"] == 1e3
     assert int4["gigabytes_per_second"] == pytest.approx((64 * 128 // 2 + 64 * 4 + 2 * (64 + 128)) / 1e6)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from flm.kernels.backend import Backend
-from flm.kernels.errors import DeviceMemoryFull, KernelError
+from flm.kernels.errors import CompileError, DeviceMemoryFull, KernelError, ToolkitMissing
 from flm.worker.adapter import open_adapters
 from flm.worker.blocks import BlockPool
 from flm.worker.caches import block_bytes, kv_blocks_for, kv_dtype, make_caches
@@ -73,7 +73,7 @@ class Rank:
             kv = self.num_blocks * block_bytes(self.shard, spec.block_size, self._kv_dtype)
             planned = f"{kv / 2**20:,.0f} MiB of KV cache ({self.num_blocks * spec.block_size:,} tokens)"
             raise DoesNotFit(f"{self._who}, with {planned}: {error}") from error
-        except KernelError as error:  # no NVRTC, or a kernel that it refuses
+        except (ToolkitMissing, CompileError) as error:
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
 
     @property
@@ -204,6 +204,12 @@ class Rank:
         config = self.checkpoint.config
         scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config)
         self._replica = Replica(scheduler, self.runner, channel, config, self.max_context)  # type: ignore[arg-type]
+        self._replica.memory_facts = self._memory_facts
+
+    @property
+    def _memory_facts(self) -> str:
+        """What was measured before the cache was made, beside what was planned."""
+        return f"before its KV cache was made {self.held}; {self.spec.planned}" if self._sized_later else ""
 
     @property
     def cache_facts(self) -> tuple[int, int]:
@@ -227,6 +233,8 @@ class Rank:
                 self.runner.run(plan)
             except Exception as error:
                 failure = as_flm_error(error)
+                if isinstance(error, DeviceMemoryFull) and self._memory_facts:
+                    failure = DoesNotFit(f"{error}; {self._memory_facts}")
                 self._channel.fail(str(failure))
                 self._comm.abort()
                 raise failure from error

@@ -57,6 +57,7 @@ class Replica:
         self._scheduler, self._runner, self._channel = scheduler, runner, channel
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
+        self.memory_facts = ""  # what is to be said of its device's memory where that is full
         self._cancelled: list[TokenEvent] = []
         self._borrowed = 0  # computations that have blocks of their own
         self._step_began = 0.0  # monotonic; 0 while idle
@@ -206,6 +207,8 @@ class Replica:
                 return f"rank {', '.join(map(str, error.missing))} hung: {error}"
         if isinstance(error, RankFailed):
             return str(error)
+        if isinstance(error, DeviceMemoryFull) and self.memory_facts:
+            return f"rank 0: {error}; {self.memory_facts}"
         if isinstance(error, KernelError | FlmError):
             return f"rank 0: {error}"
         return f"rank 0: {type(error).__name__}: {error}"

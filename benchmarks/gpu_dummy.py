@@ -176,7 +176,7 @@ class DummyStep:
             for part in (layer.attention, layer.feed_forward):
                 total += _bytes_of(part, self.M)
         head = self.decoder.lm_head
-        caches = sum(layer.attention._cache.nbytes for layer in self.decoder.layers)  # type: ignore[union-attr]
+        caches = sum(int(layer.attention.cache.nbytes) for layer in self.decoder.layers)  # type: ignore[union-attr]
         return total + int(head.nbytes) + caches
 
     def record(self) -> CudaGraph:
@@ -190,7 +190,8 @@ class DummyStep:
 def _bytes_of(part: Any, tokens: int) -> int:
     """Bytes of the weights that a layer's part reads."""
     if isinstance(part, Experts):
-        share = min(1.0, tokens * part._config.routing.top_k / part._config.count)
+        read = tokens * part._config.routing.top_k + part.always
+        share = min(1.0, read / part.experts.count)
         shared = 0 if part.shared is None else _bytes_of(part.shared, tokens)
         return int(part.experts.nbytes * share) + shared + int(part.router.nbytes)
     weights = [w for w in vars(part).values() if isinstance(w, CudaMatrix | CudaGroup)]

@@ -71,6 +71,11 @@ class PackedExperts(Protocol):
 class ExpertOps(Protocol):
     """See the module's docstring."""
 
+    @property
+    def merges_shared(self) -> bool:
+        """Whether experts that all tokens go through are best packed behind the others and chosen by constant columns of ids."""
+        ...
+
     def pack_experts(
         self, experts: Iterable[tuple[QuantizedMatrix, QuantizedMatrix]], first: int = 0
     ) -> PackedExperts:
@@ -88,7 +93,8 @@ class ExpertOps(Protocol):
         counts_N: Array | None = None,
         seq_index_T: Array | None = None,
     ) -> None:
-        """Choose each token's experts, the best first (int32), and their weights (float32).
+        """Choose each token's experts, the best first (int32), and their weights (float32). Columns of ids and weights
+        behind top_k stay as they are.
 
         bias_N is added to the scores for the choice alone, not for the weights. counts_N (int64) grows by the number of
         tokens that chose each expert. seq_index (int32): -1: a padding token, which has no experts: ids -1, weights 0.

@@ -41,6 +41,8 @@ class ReferenceExperts:
 class ReferenceExpertOps(ReferenceOps):
     """See expert_ops.py."""
 
+    merges_shared = False
+
     def pack_experts(
         self, experts: Iterable[tuple[QuantizedMatrix, QuantizedMatrix]], first: int = 0
     ) -> ReferenceExperts:
@@ -67,8 +69,8 @@ class ReferenceExpertOps(ReferenceOps):
             if routing.normalize:
                 weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
             real_T = np.ones(len(ids), bool) if seq_index_T is None else seq_index_T >= 0
-            ids_TK[...] = np.where(real_T[:, None], ids, -1)
-            weights_TK[...] = np.where(real_T[:, None], weights * routing.scale, 0)
+            ids_TK[:, : routing.top_k] = np.where(real_T[:, None], ids, -1)
+            weights_TK[:, : routing.top_k] = np.where(real_T[:, None], weights * routing.scale, 0)
             if counts_N is not None:
                 counts_N[...] += np.bincount(ids[real_T].reshape(-1), minlength=routing.experts)
 

@@ -49,6 +49,8 @@ class CpuExperts:
 class ExpertCalls(Emitter):
     """See flm.kernels.expert_ops."""
 
+    merges_shared = False  # their own steps are as fast
+
     def _load_expert_ops(self) -> None:
         self._load_ops("route", "routing", "experts")
 
@@ -77,16 +79,18 @@ class ExpertCalls(Emitter):
         seq_index_T: Array | None = None,
     ) -> None:
         self._load_expert_ops()
-        T, N, K = columns("logits", logits_TN)[0], routing.experts, routing.top_k
+        T, N, K, lead = len(logits_TN), routing.experts, routing.top_k, columns("ids", ids_TK)[1]
+        if lead < K:
+            raise ShapeError(f"ids of at least {K} columns expected, got {lead}")
         bias = 0 if bias_N is None else check("bias", bias_N, (N,))
         counts = 0 if counts_N is None else check("counts", counts_N, (N,), I64)
         area = -(-N * 20 // LINE) * LINE
         scratch = self._scratch(area * self.threads)
         row = [check("logits", logits_TN, (T, N)), T, N, K, int(routing.score == "sigmoid"), bias]
         row += [routing.groups, routing.groups_kept, int(routing.pair_score), int(routing.normalize)]
-        row += [float_bits(routing.scale), check("ids", ids_TK, (T, K), I32)]
+        row += [float_bits(routing.scale), check("ids", ids_TK, (T, lead), I32)]
         sequences = 0 if seq_index_T is None else check("seq_index", seq_index_T, (T,), I32)
-        row += [check("weights", weights_TK, (T, K)), counts, address(scratch), area, sequences]
+        row += [check("weights", weights_TK, (T, lead)), counts, address(scratch), area, sequences, lead]
         keep = (logits_TN, bias_N, ids_TK, weights_TK, counts_N, seq_index_T, scratch)
         self._emit("route", row, *keep, workers=self._workers(T * N * (K + 8), SMALL))
 

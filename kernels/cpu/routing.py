@@ -55,7 +55,8 @@ def _route_token(row, t, work):  # type: ignore
     scores, choice, worth = f32_at(scores_at, N), f32_at(choice_at, N), f32_at(worth_at, N)
     taken, shut = i32_at(work + N * 12, N), i32_at(work + N * 16, N)
     logits = row[1] + t * N * 4
-    ids, weights, chosen = i32_at(row[12] + t * K * 4, K), f32_at(row[13] + t * K * 4, K), np.float32(0.0)
+    at, chosen = t * row[18] * 4, np.float32(0.0)
+    ids, weights = i32_at(row[12] + at, K), f32_at(row[13] + at, K)
     if row[17] != 0 and i32_at(row[17], row[2])[t] < 0:
         for k in range(K):
             ids[k], weights[k] = -1, 0.0
@@ -90,7 +91,7 @@ def _route_token(row, t, work):  # type: ignore
 @cfunc(OP, cache=True)
 def route(address, worker):  # type: ignore
     """row: 1 logits, 2 T, 3 N, 4 K, 5 sigmoid, 6 bias or 0, 7 groups, 8 groups kept, 9 pair score, 10 normalize, 11 scale,
-    12 ids, 13 weights, 14 counts or 0, 15 scratch, 16 bytes of it per worker, 17 sequences or 0."""
+    12 ids, 13 weights, 14 counts or 0, 15 scratch, 16 bytes of it per worker, 17 sequences or 0, 18 columns of ids."""
     row = i64_at(address, ROW_WIDTH)
     size = span(row, row[2])
     first = next_task(row) * size

@@ -84,8 +84,11 @@ def route(
             f"got {N}, {K}, {r.groups}"
         )
     logits = check("logits", logits_TN, (T, r.experts), "float32", *ACTIVATIONS)
-    check("ids", ids_TK, (T, K), "int32")
-    check("weights", weights_TK, (T, K), "float32")
+    lead = dimensions("ids", ids_TK, 2)[1]
+    if lead < K:
+        raise ShapeError(f"ids of at least {K} columns expected, got {lead}")
+    check("ids", ids_TK, (T, lead), "int32")
+    check("weights", weights_TK, (T, lead), "float32")
     for name, array, shape, kind in (
         ("bias", bias_N, (N,), "float32"),
         ("counts", counts_N, (N,), "int64"),
@@ -94,7 +97,7 @@ def route(
         if array is not None:
             check(name, array, shape, kind)
     if T:
-        args = [logits_TN, bias_N, seq_index_T, ids_TK, weights_TK, counts_N, T, N, K]
+        args = [logits_TN, bias_N, seq_index_T, ids_TK, weights_TK, counts_N, T, N, K, lead]
         args += [int(r.score == "sigmoid"), r.groups, r.groups_kept, int(r.pair_score), int(r.normalize)]
         device.launch(route_kernel(logits, N), (-(-T // ROUTED),), 32 * ROUTED, [*args, float(r.scale)])
 
@@ -140,6 +143,8 @@ def sigmoid_scale(device: Device, gate: Array, x_TE: Array) -> None:
 
 class ExpertCalls(OpCalls):
     """The part of CudaBackend that flm.kernels.expert_ops describes."""
+
+    merges_shared = True  # three launches fewer, and more weights under way at once
 
     def pack_experts(
         self, experts: Iterable[tuple[QuantizedMatrix, QuantizedMatrix]], first: int = 0

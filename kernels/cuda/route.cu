@@ -27,12 +27,12 @@ __device__ __forceinline__ float worth_of(const float* choice, int size, bool pa
 template <class L, int V>
 __global__ void __launch_bounds__(32 * kTokens)
 route(const L* __restrict__ logits_TN, const float* __restrict__ bias_N, const int* __restrict__ sequence_T,
-      int* __restrict__ ids_TK, float* __restrict__ weights_TK, uint64_t* counts_N, int T, int N, int K, int sigmoid,
+      int* __restrict__ ids_TK, float* __restrict__ weights_TK, uint64_t* counts_N, int T, int N, int K, int lead, int sigmoid,
       int groups, int kept, int pair_score, int normalize, float factor) {
   FLM_SMEM(float, all, 2 * kTokens * 32 * V);
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, t = blockIdx.x * kTokens + warp;
   if (t >= T) return;
-  size_t out = (size_t)t * K + lane;
+  size_t out = (size_t)t * lead + lane;
   if (sequence_T && sequence_T[t] < 0) {
     if (lane < K) ids_TK[out] = -1, weights_TK[out] = 0.f;
     return;

@@ -57,6 +57,16 @@ def test_padding_tokens_have_no_experts(cpu, exact, rng):
         assert np.array_equal(some[::2], ids[::2]) and np.array_equal(their[::2], weights[::2])
 
 
+def test_columns_behind_the_chosen_stay(cpu, exact, rng):
+    logits = rng.standard_normal((3, 8)).astype(np.float32)
+    for backend in (cpu, exact):
+        ids, weights, _ = routed(backend, logits, Routing(8, 2))
+        more, their = np.full((3, 4), 9, np.int32), np.full((3, 4), 5, np.float32)
+        backend.route(logits, Routing(8, 2), None, more, their)
+        assert np.array_equal(more[:, :2], ids) and (more[:, 2:] == 9).all()
+        assert np.array_equal(their[:, :2], weights) and (their[:, 2:] == 5).all()
+
+
 def test_ties_go_to_the_lowest_number(cpu, exact):
     logits = np.zeros((2, 12), np.float32)
     logits[1, [3, 4, 11]] = 1

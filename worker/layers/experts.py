@@ -7,6 +7,7 @@ part of a layer. Shape legend: T tokens of the step, E hidden, N experts of the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from flm.kernels.backend import Backend
 from flm.kernels.expert_ops import ExpertOps
 from flm.kernels.quant import QuantizedMatrix
+from flm.worker.config import Span
 from flm.worker.errors import BackendUnavailable
 from flm.worker.layers.feed_forward import FeedForward
 from flm.worker.layers.loading import Loading, StepInputs
@@ -34,8 +36,13 @@ class Experts:
         self._ops, self._config = expert_ops(loading.backend), config
         self.router = loading.pack(w.matrix(prefix + "gate.weight"))
         self.bias = loading.vector(w.vector_or_none(prefix + "gate.correction_bias"))
-        self.experts = self._ops.pack_experts(_matrices(loading, prefix), shard.experts.start)
-        self.shared = FeedForward(loading, prefix + "shared.", shard.shared_width) if config.shared else None
+        matrices = _matrices(loading, prefix)
+        first, shared = next(matrices), _shared(loading, prefix) if self._ops.merges_shared else []
+        if any(_layout(pair) != _layout(first) for pair in shared):
+            shared = []
+        self.experts = self._ops.pack_experts(chain([first], matrices, shared), shard.experts.start)
+        apart = config.shared and not shared
+        self.shared = FeedForward(loading, prefix + "shared.", shard.shared_width) if apart else None
         self.gate = loading.pack(w.matrix(prefix + "shared_gate.weight")) if config.shared_gate else None
         self.counts_N = loading.backend.asarray(np.zeros(config.count, np.int64))
         array, routing = loading.workspace.array, config.routing
@@ -43,8 +50,15 @@ class Experts:
             array(name, size, dtype=np.float32)
             for name, size in (("router", routing.experts), ("shared_gate", 1))
         )
-        self._ids_TK = array("experts", routing.top_k, dtype=np.int32)
-        self._weights_TK = array("expert_weights", routing.top_k, dtype=np.float32)
+        chosen, self.always = routing.top_k, len(shared)
+        self._ids_TK = array("experts", chosen + self.always, dtype=np.int32)
+        self._weights_TK = array("expert_weights", chosen + self.always, dtype=np.float32)
+        if (
+            shared
+        ):  # every token chooses them, with a weight of one; the columns before are written in every step
+            numbers = np.arange(self.always, dtype=np.int32) + shard.experts.stop
+            self._ids_TK[:, chosen:] = loading.backend.asarray(numbers)
+            self._weights_TK[:, chosen:] = 1
 
     def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:
         """delta = this rank's part of the experts' answers to h."""
@@ -68,12 +82,34 @@ def expert_ops(backend: Backend) -> ExpertOps:
     return backend
 
 
-def _matrices(loading: Loading, prefix: str) -> Iterator[tuple[QuantizedMatrix, QuantizedMatrix]]:
+Pair = tuple[QuantizedMatrix, QuantizedMatrix]
+
+
+def _matrices(loading: Loading, prefix: str) -> Iterator[Pair]:
     """Gate over up, and down, of one of this rank's experts after the other."""
-    w, shard = loading.weights, loading.shard
-    span = shard.expert_width
+    shard = loading.shard
     for expert in range(shard.experts.start, shard.experts.stop):
-        part = f"{prefix}experts.{expert}."
-        gate_up = w.fused(part, [("gate_proj", span), ("up_proj", span)])
-        yield gate_up, w.matrix(part + "down_proj.weight", None, span)
-        w.drop_pages()
+        yield _pair(loading, f"{prefix}experts.{expert}.", shard.expert_width)
+        loading.weights.drop_pages()
+
+
+def _pair(loading: Loading, prefix: str, span: Span) -> Pair:
+    gate_up = loading.weights.fused(prefix, [("gate_proj", span), ("up_proj", span)])
+    return gate_up, loading.weights.matrix(prefix + "down_proj.weight", None, span)
+
+
+def _shared(loading: Loading, prefix: str) -> list[Pair]:
+    """The expert that all tokens go through, cut in pieces as wide as the others; empty where that cannot be."""
+    shard, config = loading.shard, loading.shard.model.experts
+    assert config is not None
+    span, width, held = shard.shared_width, shard.expert_width.size, shard.experts.size
+    if config.shared_gate or loading.adapters or held != config.count or not width or span.size % width:
+        return []
+    starts = range(span.start, span.stop, width)
+    return [_pair(loading, prefix + "shared.", Span(start, start + width)) for start in starts]
+
+
+def _layout(pair: Pair) -> list[tuple[Any, ...]]:
+    """What experts of one product have to have in common."""
+    kind = lambda array: None if array is None else array.dtype
+    return [(m.format, m.shape, m.group, kind(m.scales), kind(m.offsets), m.gather is not None) for m in pair]

@@ -32,7 +32,7 @@ ROUTINGS = [
     (Routing(256, 8, "sigmoid", 8, 4, pair_score=True, normalize=True, scale=2.5), True),
 ]
 E, F, COUNT, FIRST, K = 72, 24, 5, 1, 3  # the rank has experts 1..5 of 8
-FORMATS = [("float", "float16"), ("int4", "bfloat16"), ("int8", "float16"), ("fp8", "bfloat16")]
+FORMATS = [("float", "float16"), ("int4", "bfloat16"), ("fp8", "float16")]
 # processors, tokens: tiles of each height, pairs found by pair and by expert, sorted pairs
 SIZES = {"int4": ((99, 1), (4, 2), (1, 9), (1, 70))}
 FEWER = ((99, 2), (99, 70))
@@ -60,7 +60,8 @@ def check_route(device, routing, biased, tokens=6, logits="float32"):
     sequences = guarded(np.array([0, 0, 1, -1, 2, 2][:tokens], np.int32), 4)
     made = []
     for kind in (np.float32, np.float64):
-        ids, weights = np.full((tokens, routing.top_k), 99, np.int32), np.zeros((tokens, routing.top_k), kind)
+        shape = tokens, routing.top_k + 1  # the last column stays as it is
+        ids, weights = np.full(shape, 99, np.int32), np.full(shape, 7, kind)
         made.append((guarded(ids, 4), guarded(weights, 4), guarded(np.ones(routing.experts, np.int64), 8)))
     (ids, weights, counts), want = made
     ops.route(device, x, routing, bias, ids, weights, counts, sequences)
@@ -171,7 +172,7 @@ def check_mlp(device, activation, tokens=70, accumulate=True):
 
 
 def test_a_tokens_experts_add_up(device):
-    check_mlp(device, "bfloat16", accumulate=False)
+    check_mlp(device, "float16", accumulate=False)
     check_mlp(device, "float16", 9)
 
 
@@ -203,7 +204,6 @@ def product_kernels():
         ("((1u << lane) - 1u)", "(1u << lane)"),
         ("      out[(size_t)p * out_lead + n] = narrow<OUT>(v);\n    }\n    __syncthreads();", "      out[(size_t)p * out_lead + n] = narrow<OUT>(v);\n    }"),
         ("cp_async_wait<1>()", "cp_async_wait<2>()"),
-        ("? source[i] + k : x", "? source[0] + k : x"),
         ("pieces = (n + kUnit - 1) / kUnit", "pieces = 1"),
     ],
 )  # fmt: skip

@@ -89,6 +89,8 @@ def test_a_dummy_model_decodes(device, model):
         graph.replay()
     logits = np.array(step.decoder._logits_SV)
     assert np.isfinite(logits).all() and np.array_equal(step.sampled_S, logits.argmax(1))
+    experts = step.decoder.layers[-1].feed_forward
+    assert (experts.shared, experts.always) == (None, 2 if "DeepSeek" in model.family else 0)
     counts = step.decoder.expert_counts()
     assert [int(n.sum()) for n in counts.values()] == [2 * 3 * 2]
     assert gpu_dummy.results_of(step, 1e-3, step.nbytes * 2e3)["share"] == pytest.approx(0.5)

@@ -47,11 +47,13 @@ class HostStaged:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device's own memory that can still be had, and all of it; `name` is the device's."""
+    """Bytes of a device's own memory that can still be had, and all of it. `name` is the device's; `bus` says which one of its
+    host it is, in every process."""
 
     name: str
     free: int
     total: int
+    bus: str = ""
 
 
 class HostMemory:

@@ -128,15 +128,20 @@ class Rank:
     def _size_caches(self, comm: Communicator) -> None:
         """Make the caches as large as what is free allows on the rank that has the least of it."""
         spec = self.spec
+        assert self._before is not None and self._loaded is not None
         self.runner.rehearse(largest=True)
+        here = [
+            bus.decode() for bus in comm.swap(self._before.bus.encode())
+        ]  # nobody measures before all are there
+        sharers = max(here.count(self._before.bus), 1)
         ready = self.backend.memory()
-        assert self._before is not None and self._loaded is not None and ready is not None
+        assert ready is not None
         self.held = Held(self._before, self._loaded, ready)
         per_block = block_bytes(self.shard, spec.block_size, self._kv_dtype)
         sequence = -(-self.max_context // spec.block_size)
-        room = kv_budget(self.held, spec.gpu_memory) // per_block
+        room = kv_budget(self.held, spec.gpu_memory) // sharers // per_block
         wanted = self._count_blocks() if spec.kv_bytes else sequence
-        short = shortage(wanted * per_block, self.held, spec.gpu_memory, spec.planned)
+        short = shortage(wanted * per_block * sharers, self.held, spec.gpu_memory, spec.planned)
         told = [
             each.decode()
             for each in comm.swap(f"{room} {self._who}: {short}".encode() if short else b"%d" % room)

@@ -139,7 +139,7 @@ class CupyDevice:
         """As it is now; what CuPy keeps for later counts as free."""
         self._cp.get_default_memory_pool().free_all_blocks()
         free, total = self._cp.cuda.runtime.memGetInfo()
-        return DeviceMemory(self.name, int(free), int(total))
+        return DeviceMemory(self.name, int(free), int(total), self.bus)
 
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """The calls' launches as a CUDA graph, launched on the current stream."""

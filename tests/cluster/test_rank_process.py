@@ -13,7 +13,9 @@ import psutil
 import pytest
 from fake_host import FakeRank
 
+from flm.cluster.group import ReplicaGroup
 from flm.cluster.rank_process import RankProcess, sigkill
+from flm.cluster.ranks import RankReport
 from flm.worker.errors import RankFailed
 from flm.worker.rank import GroupSpec
 
@@ -110,3 +112,12 @@ def test_sigkill_spares_a_process_that_was_given_the_pid_later() -> None:
         sigkill(process.pid, started_before=time.time() + 1)
         assert not psutil.pid_exists(process.pid)
     sigkill(process.pid, started_before=time.time())  # gone: nothing to do
+
+
+async def test_a_replica_that_is_ready_tells_of_its_memory() -> None:
+    group = ReplicaGroup(SPEC, "n0", {}, lambda: None, "key", address="127.0.0.1:1")
+    group.since = group.created + 2
+    assert group.said_ready() == "at 127.0.0.1:1 after 2.0 s"
+    for rank, taken in ((0, 70 << 30), (1, 71 << 30)):
+        group.reports[rank] = RankReport("ready", kv_tokens=4096, gpu_bytes=taken)
+    assert group.said_ready() == "at 127.0.0.1:1 after 2.0 s; KV cache of 4,096 tokens, 71 GiB of a GPU"

@@ -14,6 +14,8 @@ from flm.kernels.cuda.staging import scatter_kernel
 from flm.kernels.errors import CompileError, DeviceFailed, DeviceMemoryFull, ToolkitMissing
 from flm.kernels.staging import DeviceMemory
 from flm.worker import Engine, SamplingParams, rank
+from flm.worker.channel import NoFollowers
+from flm.worker.comm import LocalCommunicator
 from flm.worker.device_cache import Planned
 from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, RankFailed
 from flm.worker.rank import GroupSpec, Rank
@@ -78,6 +80,19 @@ def test_the_cache_takes_what_is_free_after_weights_and_workspace(monkeypatch: p
     assert (alone.held.weights, alone.held.workspace) == (100 << 20, 100 << 20)
     assert alone.num_blocks == 5
     assert alone.model.layers[0].attention.cache.num_blocks == 5  # type: ignore[union-attr]
+
+
+class Pair(LocalCommunicator):
+    """The rank's own communicator in a group whose other rank says the same."""
+
+    def swap(self, mine: bytes) -> list[bytes]:
+        return [mine, mine]
+
+
+def test_ranks_that_share_a_gpu_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, _, _ = measured(monkeypatch, (400 << 20) + 10 * BLOCK + 100, gpu_memory=0.8)
+    alone.join(Pair(), NoFollowers())
+    assert alone.num_blocks == 5
 
 
 def test_a_shortage_shows_the_plan_beside_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

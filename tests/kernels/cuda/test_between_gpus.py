@@ -114,7 +114,7 @@ def test_nccl_moves_in_captured_steps(device):
 def group_of_two(tmp_path, device):
     spec = GroupSpec(
         "r0", "tiny", str(GOLDEN / "llama31"), device, tensor_parallel=2, max_sequences=2, max_step_tokens=32,
-        kv_bytes=4 << 20, run_dir=str(tmp_path), hang_timeout=3.0,
+        run_dir=str(tmp_path), hang_timeout=3.0,
     )  # fmt: skip
     command = [sys.executable, str(TESTS / "worker" / "follower_process.py"), json.dumps(asdict(spec)), "1"]
     follower = subprocess.Popen(command)

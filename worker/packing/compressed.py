@@ -40,7 +40,9 @@ class CompressedTensors:
             n, k = module.shape("weight")
             module.check("weight", "I8", (n, k))
             return n, k
-        n, k = (int(length) for length in module.read("weight_shape").reshape(2))
+        if module.shape("weight_shape", 1) != (2,):
+            raise module.fail("weight_shape", f"[2] expected, found {list(module.shape('weight_shape', 1))}")
+        n, k = (int(length) for length in module.read("weight_shape"))
         words = module.shape("weight_packed")[1]
         if words not in (-(-k // 8), -(-k // 4)):
             raise module.fail(
@@ -50,8 +52,9 @@ class CompressedTensors:
         return n, k
 
     def storage(self, module: Module) -> Storage:
-        _, k = self.shape(module)
+        n, k = self.shape(module)
         bits, group = self._bits(module, k), self._group(module, k)
+        self._check_groups(module, n, k, bits, group)
         unit = unit_of(group, k)
         cut = unit if self._order(module, k, group) is None else NARROWEST_GROUP
         label, size = f"compressed-tensors int{bits}", module.nbytes(self.parts)
@@ -67,6 +70,24 @@ class CompressedTensors:
         groups = Span(cols.start // group, -(-cols.stop // group))
         scales, zeros = self._scales(module, rows, groups), self._zeros(module, bits, rows, groups)
         return affine(codes, bits, scales, zeros, group, cols.start - groups.start * group)
+
+    def _check_groups(self, module: Module, n: int, k: int, bits: int, group: int) -> None:
+        """That scales, zeros and the order belong to a weight [n, k] in such groups."""
+        groups, words = -(-k // group), -(-n * bits // 32)
+        one: list[tuple[int, ...]] = [(), (1,), (1, 1)]
+        each: list[tuple[int, ...]] = [(n, groups), (n,)] if groups == 1 else [(n, groups)]
+        found = module.entry("weight_scale").shape
+        if found not in one + each:
+            raise module.fail("weight_scale", f"{[n, groups]} or [1] expected, found {list(found)}")
+        if module.has("weight_zero_point"):
+            packed = module.entry("weight_zero_point").dtype == "I32"
+            found = module.entry("weight_zero_point").shape
+            if found not in ([(words, groups)] if packed else [*one, *each, (1, groups)]):
+                wanted = [words if packed else n, groups]
+                raise module.fail("weight_zero_point", f"{wanted} expected, found {list(found)}")
+        order = self._order(module, k, group)
+        if order is not None and order.max() >= groups:
+            raise module.fail("weight_g_idx", f"groups below {groups} expected, found {order.max()}")
 
     def _bits(self, module: Module, k: int) -> int:
         return 4 if module.has("weight_packed") and module.shape("weight_packed")[1] == -(-k // 8) else 8
@@ -122,6 +143,10 @@ class CompressedTensors:
         """weight_g_idx, where groups are not simply one after the other; -1 in it means that they are."""
         if not module.has("weight_g_idx"):
             return None
+        if module.shape("weight_g_idx", 1) != (k,):
+            raise module.fail(
+                "weight_g_idx", f"{[k]} expected, found {list(module.shape('weight_g_idx', 1))}"
+            )
         group_of = module.read("weight_g_idx").astype(np.int64)
         if group_of.min() < 0 or np.array_equal(group_of, np.arange(k) // group):
             return None

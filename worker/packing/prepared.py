@@ -45,6 +45,10 @@ class Prepared:
         if module.shape("weight_scale") != (n, groups) or groups == 0 or codes % groups:
             found = list(module.shape("weight_scale"))
             raise module.fail("weight_scale", f"{n} rows of scales for {codes} codes expected, found {found}")
+        if module.has("weight_offset"):
+            module.check("weight_offset", module.entry("weight_scale").dtype, (n, groups))
+        if module.has("weight_gather"):
+            module.check("weight_gather", "I32", (codes,))
         return n, self.columns.get(module.stem + "weight", codes)
 
     def storage(self, module: Module) -> Storage:

@@ -25,8 +25,8 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("alora_invocation_tokens", (None, []), "adapters that begin within a prompt (aLoRA) are not supported"),
     ("target_parameters", (None, []), "adapters of single parameters, such as stacked experts, are not supported"),
 )  # fmt: skip
-# these begin with factors of the base model's own weights and subtract them from it
-_CHANGING_INIT = ("pissa", "olora", "corda", "lora_ga")
+# these begin with factors of the base model's own weights, and leave it with what is left
+_CHANGING_INIT = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)

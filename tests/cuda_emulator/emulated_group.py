@@ -14,7 +14,7 @@ from flm.kernels.cuda.kernel import Kernel
 from flm.kernels.errors import UnsupportedDevice
 
 ALONE = ("sum_parts", "place_columns")  # kernels of all_reduce.cu that wait for nobody
-PATIENCE = 30.0  # seconds for a rank to come
+PATIENCE = 120.0  # seconds for a rank to come
 
 
 class EmulatedGroup:

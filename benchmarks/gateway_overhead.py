@@ -155,6 +155,7 @@ def main() -> None:
         near, far = context.Pipe()
         worker = context.Process(target=target, args=(far, address), daemon=True)
         worker.start()
+        far.close()  # so that a worker which dies is noticed here
         address = near.recv()
         pipes.append(near)
         workers.append(worker)

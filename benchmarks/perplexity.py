@@ -13,7 +13,6 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from flm.worker import Engine
 from flm.worker.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.convert import convert
 from flm.worker.paths import resolve_model_path
+from flm.worker.safetensors_writer import SafetensorsWriter
 from flm.worker.vocabularies.files import load_tokenizer
 
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"
@@ -42,19 +42,11 @@ def write_floats(checkpoint: Checkpoint, target: Path) -> Path:
         "max_position_embeddings": c.max_position, "rms_norm_eps": c.norm.eps, "rope_theta": a.rope.theta,
     }  # fmt: skip
     (target / "config.json").write_text(json.dumps(config))
-    tensors: dict[str, NDArray[Any]] = {}
-    for name, shape in checkpoint.shapes.items():
-        is_matrix = len(shape) == 2
-        tensors[name] = checkpoint.matrix(name).dequantize() if is_matrix else checkpoint.vector(name)
-    header, at = {}, 0
-    for name, values in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [at, at + values.nbytes]}
-        at += values.nbytes
-    text = json.dumps(header).encode()
-    with (target / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for values in tensors.values():
-            file.write(np.ascontiguousarray(values, np.float32).data)
+    with SafetensorsWriter(target / "model.safetensors", list(checkpoint.shapes)) as writer:
+        for name, shape in checkpoint.shapes.items():
+            is_matrix = len(shape) == 2
+            values = checkpoint.matrix(name).dequantize() if is_matrix else checkpoint.vector(name)
+            writer.add(name, "F32", values)
     return target
 
 

@@ -115,6 +115,7 @@ def test_broken_files(tmp_path: Path) -> None:
         (RANKS + b"QUJD x\n", {}, f"line {SIZE + 1}: a token in base64"),
         (RANKS[RANKS.index(b"\n") + 1 :], {}, "ranks of all 256 bytes expected, 1 are missing"),
         (RANKS + b"QUJDREU= 5\n", {}, "a rank of its own"),
+        (RANKS + b"QUJDREU= 99999999999\n", {}, "from 0 to 16777215"),
         (b"", {}, "ranks of all 256 bytes expected"),
         (RANKS, {"added_tokens_decoder": inside}, f"an id from {SIZE} on expected, found 5"),
     ):

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from flm.worker.errors import CheckpointError, InvalidRequest
 from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
+from flm.worker.vocabularies.base import AddedToken, SplitVocabulary
 from flm.worker.vocabularies.files import checked, load_tokenizer
 from flm.worker.vocabularies.library import LibraryVocabulary
 
@@ -201,5 +202,13 @@ def test_tokens_without_a_row_in_the_embedding(tmp_path: Path) -> None:
         spare.encode("a[PAD]")
     with pytest.raises(
         CheckpointError, match=r"m: its tokenizer has 6 tokens and its embedding 2 rows; .* is 'b'"
+    ):
+        checked(tokenizer, 2, "m")
+
+
+def test_an_id_that_no_vocabulary_reaches_is_refused_and_not_walked_to() -> None:
+    tokenizer = Tokenizer(SplitVocabulary(["a"], {"b": AddedToken(2**40)}))  # type: ignore[arg-type]
+    with pytest.raises(
+        CheckpointError, match=rf"m: its tokenizer has ids up to {2**40}; below 16777216 expected"
     ):
         checked(tokenizer, 2, "m")

@@ -12,6 +12,7 @@ from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.base import Vocabulary
 from flm.worker.vocabularies.config import TokenizerConfig, read_config
 
+MAX_TOKENS = 1 << 24  # far beyond any vocabulary's, far below what a damaged number can ask for
 EXPECTED = "tokenizer.json, tokenizer.model, qwen.tiktoken, ice_text.model, or vocab.json with merges.txt"
 
 
@@ -43,6 +44,10 @@ def _load(path: Path) -> Tokenizer:
 def checked(tokenizer: Tokenizer, rows: int, file: str) -> Tokenizer:
     """The tokenizer of a model whose embedding has `rows` rows. CheckpointError where it has ids beyond them, but
     for those of marks that some models lack though their tokenizer has them: texts that spell these are refused."""
+    if tokenizer.vocab_size > MAX_TOKENS:
+        raise CheckpointError(
+            file, f"its tokenizer has ids up to {tokenizer.vocab_size - 1}; below {MAX_TOKENS} expected"
+        )
     beyond = [tokenizer.token(i) for i in range(rows, tokenizer.vocab_size)]
     wrong = [token for token in beyond if token is not None and not _SPARE.fullmatch(token)]
     if wrong:

@@ -19,6 +19,7 @@ from flm.worker.errors import CheckpointError
 from flm.worker.vocabularies.base import AddedToken, SplitVocabulary
 from flm.worker.vocabularies.config import TokenizerConfig
 
+MAX_RANK = 1 << 24  # a list is made of as many entries
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -124,6 +125,11 @@ def parse(data: bytes, file: Path) -> dict[bytes, int]:
     missing = set(range(256)) - {token[0] for token in ranks if len(token) == 1}
     if missing:
         raise CheckpointError(str(file), f"ranks of all 256 bytes expected, {len(missing)} are missing")
-    if len(set(ranks.values())) < len(ranks) or min(ranks.values()) < 0:
-        raise CheckpointError(str(file), "a rank of its own, 0 or more, expected for every token")
+    if (
+        len(set(ranks.values())) < len(ranks)
+        or not 0 <= min(ranks.values()) <= max(ranks.values()) < MAX_RANK
+    ):
+        raise CheckpointError(
+            str(file), f"a rank of its own, from 0 to {MAX_RANK - 1}, expected for every token"
+        )
     return ranks

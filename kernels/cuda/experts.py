@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ from flm.kernels.cuda.grouped import (
 )
 from flm.kernels.cuda.kernel import Device, Kernel, instance
 from flm.kernels.cuda.op_calls import OpCalls
-from flm.kernels.cuda.pack import CudaMatrix, pack
+from flm.kernels.cuda.pack import NUMBERS, CudaMatrix, pack
 from flm.kernels.errors import ShapeError
 from flm.kernels.expert_ops import Routing
 from flm.kernels.quant import QuantizedMatrix
@@ -32,6 +35,7 @@ MOST_TOKENS = (
     1024  # that go through the experts at once; more go piece by piece, so that results in between stay small
 )
 ROUTED = 4  # tokens of a block
+AT_ONCE, SUMMED = 4, 16  # tokens, and choices of each, that one kernel multiplies and sums up
 MOST_CHOICES, MOST_GROUPS, MOST_EXPERTS = 32, 32, 512
 
 
@@ -125,6 +129,32 @@ def combine(
     device.launch(combine_kernel(activation, E), (T, -(-E // (THREADS * width(E)))), THREADS, args)
 
 
+def down_kernel(down: CudaGroup) -> Kernel:
+    """The instance for these matrices."""
+    m, number = down.first, NUMBERS[down.first.format]
+    return instance("expert_down.cu", "expert_down", m.dtype, number, down.scale_type, m.group)
+
+
+def down_and_combine(
+    device: Device,
+    act_PF: Array,
+    experts: CudaExperts,
+    ids_TK: Array,
+    weights_TK: Array,
+    out_TE: Array,
+    accumulate: bool,
+) -> None:
+    """out[t] (+)= the sum over k of weights[t, k] * down(act[t * K + k]): what combine() gives, without results in between.
+    Weights are read once a token, so for few tokens."""
+    (T, E), K, down = dimensions("out", out_TE, 2), dimensions("ids", ids_TK, 2)[1], experts.down
+    check("out", out_TE, (T, E), down.first.dtype)
+    check("act", act_PF, (T * K, lead := int(act_PF.shape[1])), down.first.dtype)
+    check("weights", weights_TK, (T, K), "float32")
+    args = [act_PF, down.first.codes, down.first.scales, ids_TK, weights_TK, out_TE, K, E, experts.width]
+    args += [lead, experts.first, experts.count, down.row_tiles, down.k_tiles, down.first.span]
+    device.launch(down_kernel(down), (down.row_tiles, T), THREADS, [*args, int(accumulate)])
+
+
 def scale_kernel(gate: str, activation: str, E: int, each: bool) -> Kernel:
     """The instance for these dtypes and this width; each: a gate for every element."""
     return instance("sigmoid_scale.cu", "sigmoid_scale", gate, activation, width(E), each)
@@ -149,19 +179,31 @@ class ExpertCalls(OpCalls):
     def pack_experts(
         self, experts: Iterable[tuple[QuantizedMatrix, QuantizedMatrix]], first: int = 0
     ) -> CudaExperts:
-        gate_ups: list[CudaMatrix] = []
-        downs: list[CudaMatrix] = []
-        host: Any = HostArrays()
-        for number, (gate_up, down) in enumerate(experts, first):
-            width, want = down.shape[1], (2 * down.shape[1], down.shape[0])
-            if gate_up.shape != want or (downs and down.shape != downs[0].shape):
-                raise ShapeError(f"expert {number}: {want} and {down.shape} expected, got {gate_up.shape}")
-            gate_ups.append(pack(interleaved(gate_up), self.activation, host))
-            downs.append(pack(down, self.activation, host))
-        if not downs:
+        packed: list[tuple[CudaMatrix, CudaMatrix]] = []
+        todo, threads = enumerate(experts, first), min(8, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(threads) as pool:
+            while some := list(islice(todo, threads)):  # as many are held unpacked
+                packed += pool.map(self._packed, some)
+        if not packed:
             raise ShapeError("at least one expert expected, got none")
+        gate_ups, downs = zip(*packed, strict=True)
+        hidden, width = downs[0].shape
+        for number, down in enumerate(downs, first):
+            if down.shape != (hidden, width):
+                raise ShapeError(f"expert {number}: down {(hidden, width)} expected, got {down.shape}")
         up = pack_group(gate_ups, self.device, width, gated=True)
-        return CudaExperts(up, pack_group(downs, self.device, downs[0].shape[0]), first)
+        return CudaExperts(up, pack_group(downs, self.device, hidden), first)
+
+    def _packed(
+        self, numbered: tuple[int, tuple[QuantizedMatrix, QuantizedMatrix]]
+    ) -> tuple[CudaMatrix, CudaMatrix]:
+        """One expert's matrices, on the host."""
+        number, (gate_up, down) = numbered
+        if gate_up.shape != (2 * down.shape[1], down.shape[0]):
+            want = (2 * down.shape[1], down.shape[0])
+            raise ShapeError(f"expert {number}: {want} and {down.shape} expected, got {gate_up.shape}")
+        host: Any = HostArrays()
+        return pack(interleaved(gate_up), self.activation, host), pack(down, self.activation, host)
 
     def route(
         self,
@@ -204,14 +246,16 @@ class ExpertCalls(OpCalls):
     ) -> None:
         (T, E), K = x_TE.shape, ids_TK.shape[1]
         act_PF = self._area("expert act", T * K, -(-experts.width // 8) * 8, self.activation)
-        parts_PE = self._area("expert parts", T * K, E, np.float32)
         up = Pairs(T * K, T, K, ids_TK, experts.first)
         if T > FEW:
             size = plan_size(T * K, experts.count)
             up = replace(up, plan=self._area("expert plan", 1, size, np.int32)[0])
             self.in_order(lambda: make_plan(self.device, up, experts.count))
         self.in_order(lambda: product(self.device, x_TE, experts.gate_up, act_PF, up))
-        down = replace(up, divide=1)
+        if T <= AT_ONCE and K <= SUMMED:
+            arrays = (act_PF, experts, ids_TK, weights_TK, out_TE, accumulate)
+            return self.in_order(lambda: down_and_combine(self.device, *arrays))
+        down, parts_PE = replace(up, divide=1), self._area("expert parts", T * K, E, np.float32)
         self.in_order(lambda: product(self.device, act_PF, experts.down, parts_PE, down))
         self.in_order(lambda: combine(self.device, parts_PE, experts, ids_TK, weights_TK, out_TE, accumulate))
 

@@ -99,6 +99,10 @@ INSTANCES: dict[Kernel, int] = {
     _grouped("float16", "float32", 9, "float", 8, 0, False): 255,
     _grouped("bfloat16", "float32", 16, "float", 0, 0, False): 255,
     experts.combine_kernel("bfloat16", 2048): 64,
+    instance("expert_down.cu", "expert_down", "bfloat16", 4, "__half2", 8): 224,
+    instance("expert_down.cu", "expert_down", "bfloat16", 9, "float", 8): 224,
+    instance("expert_down.cu", "expert_down", "float16", 4, "float2", 2): 255,
+    instance("expert_down.cu", "expert_down", "bfloat16", 16, "float", 0): 224,
     **dict.fromkeys(recurrent.kernels("bfloat16"), 64),
     # latent attention: shared memory leaves room for two blocks of 128 threads a multiprocessor
     **dict.fromkeys(latent.attention_kernels("bfloat16", 512), 224),

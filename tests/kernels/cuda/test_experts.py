@@ -152,9 +152,9 @@ def test_products_under_all_schedules(device):
     sweep(device, lambda d: check_products(d, "int4", "bfloat16", ((4, 2), (1, 70))))
 
 
-def check_mlp(device, activation, tokens=70, accumulate=True):
+def check_mlp(device, activation, tokens=70, accumulate=True, format="float"):
     rng, backend = np.random.default_rng(3), CudaBackend(device, activation)
-    pairs = weights_of(rng, "float", activation)
+    pairs = weights_of(rng, format, activation)
     packed, exact = backend.pack_experts(pairs, FIRST), EXACT.pack_experts(pairs, FIRST)
     assert (packed.count, packed.hidden, packed.width, packed.first) == (COUNT, E, F, FIRST)
     ids = guarded(np.argsort(rng.random((tokens, 8)), axis=1)[:, :K].astype(np.int32), 4)
@@ -165,7 +165,7 @@ def check_mlp(device, activation, tokens=70, accumulate=True):
     backend.expert_mlp(x, packed, ids, weights, out, accumulate)
     EXACT.expert_mlp(x.astype(np.float64), exact, ids, weights, want, accumulate)
     assert_close(out, want, 8 * rounding(activation), 8 * rounding(activation))
-    for t in (0, 5):
+    for t in (0, 1, 5):  # alone, one kernel makes the second product and the sum
         one = guarded(start[t : t + 1])
         backend.expert_mlp(x[t : t + 1], packed, ids[t : t + 1], weights[t : t + 1], one, accumulate)
         assert np.array_equal(one, out[t : t + 1])
@@ -174,6 +174,7 @@ def check_mlp(device, activation, tokens=70, accumulate=True):
 def test_a_tokens_experts_add_up(device):
     check_mlp(device, "float16", accumulate=False)
     check_mlp(device, "float16", 9)
+    check_mlp(device, "bfloat16", 9, format="int4")
 
 
 def check_scale(device):
@@ -217,7 +218,13 @@ def test_faults_of_products_are_seen(edit):
 
 
 @pytest.mark.parametrize(
-    "edit", [("expert < 0 || ", ""), ("sum[j]);", "0.f);"), ("EACH ? r[j] : one", "one")]
+    "edit",
+    [
+        ("expert < 0 || ", ""),
+        ("sum[j]);", "0.f);"),
+        ("EACH ? r[j] : one", "one"),
+        ("to[g + 8] = slice.acc[0][0][2]", "to[g + 8] = slice.acc[0][0][1]"),
+    ],
 )
 def test_faults_of_sums_are_seen(edit):
     def check(device):
@@ -225,6 +232,7 @@ def test_faults_of_sums_are_seen(edit):
         check_scale(device)
 
     made = [ops.combine_kernel("float16", E)]
+    made += [Kernel("expert_down.cu", "flm::expert_down<__half, 16, float, 0>")]
     made += [ops.scale_kernel("float32", "float16", w, each) for w in (8, 21) for each in (True, False)]
     assert_caught(made, edit, check)
 

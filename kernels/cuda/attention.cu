@@ -32,8 +32,8 @@ struct Chunk {
       if (row1 && d < D) q[1][b] = *reinterpret_cast<const uint4*>(row1 + d);
     }
   }
-  __device__ __forceinline__ void load_k(const Cache<T, KV>& cache, int key, int g, int t) {
-    const KV* base = cache.k + cache.slot(key) * cache.D;
+  __device__ __forceinline__ void load_k(const Cache<T, KV>& cache, size_t slot, int g, int t) {
+    const KV* base = cache.k + slot * cache.D;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -43,15 +43,15 @@ struct Chunk {
         if (d < cache.D) k[n][b] = *reinterpret_cast<const Raw*>(base + (size_t)(8 * n + g) * cache.D + d);
       }
   }
-  __device__ __forceinline__ void load_v(const Cache<T, KV>& cache, int key, int last, int g, int t) {
-    const KV* base = cache.v + cache.slot(key) * cache.D;
+  __device__ __forceinline__ void load_v(const Cache<T, KV>& cache, size_t slot, int keys, int g, int t) {
+    const KV* base = cache.v + slot * cache.D;
 #pragma unroll
     for (int r = 0; r < 4; ++r)
 #pragma unroll
       for (int c = 0; c < kOut / 64; ++c) {
         int d = out0 + 64 * c + 8 * g, row = 2 * t + (r & 1) + 8 * (r >> 1);
         v[r][c] = Raw{};  // what lies behind the sequence's end may be anything
-        if (d < cache.D && key + row <= last) v[r][c] = *reinterpret_cast<const Raw*>(base + (size_t)row * cache.D + d);
+        if (d < cache.D && row < keys) v[r][c] = *reinterpret_cast<const Raw*>(base + (size_t)row * cache.D + d);
       }
   }
   __device__ __forceinline__ void scores(float (&s)[2][4], int g, int t) {
@@ -95,24 +95,27 @@ struct Chunk {
     sum[0] = sum[1] = 0.f;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.f;
-    load_k(cache, first, g, t);
-    for (int key = first; key < end; key += kRows) {
-      load_v(cache, key, last, g, t);
+    Walk<Cache<T, KV>> walk(cache, first);
+    size_t slot = walk.slot(), next = slot;
+    load_k(cache, slot, g, t);
+    for (int key = first; key < end; key += kRows, slot = next) {
+      load_v(cache, slot, last + 1 - key, g, t);
       float s[2][4];
       scores(s, g, t);
-      if (!kWide && key + kRows < end) load_k(cache, key + kRows, g, t);
+      walk.advance();
+      if (key + kRows < end) next = walk.slot();
+      if (!kWide && key + kRows < end) load_k(cache, next, g, t);
       uint32_t p[4];
-      softmax_step(cache, position, key, scale, t, s, p);
-      if (kWide && key + kRows < end) load_k(cache, key + kRows, g, t);  // later: registers are scarce
+      softmax_step(cache, position, key, slot + 2 * t, scale, t, s, p);
+      if (kWide && key + kRows < end) load_k(cache, next, g, t);  // later: registers are scarce
       add_values(p);
     }
     sum[0] = quad_sum(sum[0]);
     sum[1] = quad_sum(sum[1]);
   }
-  // Scores of 16 keys to weights in T, as the A operand of the product with the values.
-  __device__ __forceinline__ void softmax_step(const Cache<T, KV>& cache, const int (&position)[2], int key, float scale,
-                                               int t, float (&s)[2][4], uint32_t (&p)[4]) {
-    size_t slot = sizeof(KV) == 1 ? cache.slot(key) + 2 * t : 0;
+  // Scores of 16 keys, of which slot has this lane's first, to weights in T, as the A operand of the product with the values.
+  __device__ __forceinline__ void softmax_step(const Cache<T, KV>& cache, const int (&position)[2], int key, size_t slot,
+                                               float scale, int t, float (&s)[2][4], uint32_t (&p)[4]) {
     float highest[2] = {most[0], most[1]}, keep[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
@@ -225,7 +228,7 @@ combine(const float* __restrict__ parts, const float* __restrict__ facts, const 
       sum = merged(sum, before, facts[2 * place + 1], added);
       total = merged(total, before, parts[place * DP + d], added);
     }
-    if (d < D) out_THD[((size_t)token * H + h) * D + d] = narrow<T>(sum > 0.f ? __fdiv_rn(total, sum) : 0.f);
+    if (d < D) out_THD[((size_t)token * H + h) * D + d] = narrow<T>(normed(total, sum));
   }
 }
 

@@ -23,16 +23,29 @@ struct Layout {
   static constexpr int kRaw = kBytes ? 2 * 2 * kPieces : 0;  // 8 bytes each: two tiles of int8
 };
 
+// The first slots of a tile's 16s; 0 for those from `end` on.
+template <class T, class KV, int DP>
+__device__ __forceinline__ void slots_of(unsigned (&to)[Layout<T, KV, DP>::kSub], Walk<Cache<T, KV>>& walk, int key, int end) {
+#pragma unroll
+  for (int u = 0; u < Layout<T, KV, DP>::kSub; ++u) {
+    to[u] = key + 16 * u < end ? walk.slot() : 0;
+    walk.advance();
+  }
+}
 // Copies a tile's keys and values to `stage`, zeros where there are none.
 template <class T, class KV, int DP>
-__device__ __forceinline__ void copy_tile(void* stage, const Cache<T, KV>& cache, int key, int end) {
+__device__ __forceinline__ void copy_tile(void* stage, const Cache<T, KV>& cache, Walk<Cache<T, KV>>& walk, int key,
+                                          int end) {
   using L = Layout<T, KV, DP>;
+  unsigned slots[L::kSub];
+  slots_of<T, KV, DP>(slots, walk, key, end);
 #pragma unroll
   for (int i = 0; i < L::kShare; ++i) {
     int number = threadIdx.x + 32 * kWarps * i, row = number / (DP / 8), piece = number % (DP / 8);
     if (number >= L::kPieces) break;
     bool inside = key + row < end && 8 * piece < cache.D;
-    size_t from = inside ? (cache.slot(key + row / 16 * 16) + row % 16) * cache.D + 8 * piece : 0;
+    unsigned low = row < 16 ? slots[0] : slots[1], high = row < 48 ? slots[L::kSub - 2] : slots[L::kSub - 1];
+    size_t from = inside ? (size_t)((row < 32 ? low : high) + row % 16) * cache.D + 8 * piece : 0;
     if (L::kBytes) {
       cp_async8(static_cast<uint2*>(stage) + number, cache.k + from, inside);
       cp_async8(static_cast<uint2*>(stage) + L::kPieces + number, cache.v + from, inside);
@@ -109,24 +122,27 @@ struct Work {
     }
   }
   // The scales of this lane's 4 keys of 16: [n][i & 1].
-  __device__ __forceinline__ void scales_of(float (&to)[2][2], const Cache<T, KV>& cache, const float* scales, int key,
-                                            int end, int t) {
-    size_t slot = key < end ? cache.slot(key) + 2 * t : 0;
+  __device__ __forceinline__ void scales_of(float (&to)[2][2], const float* scales, unsigned slot, bool inside, int t) {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      float2 v = key < end ? *reinterpret_cast<const float2*>(scales + slot + 8 * n) : make_float2(0.f, 0.f);
+      float2 v = inside ? *reinterpret_cast<const float2*>(scales + slot + 2 * t + 8 * n) : make_float2(0.f, 0.f);
       to[n][0] = v.x, to[n][1] = v.y;
     }
   }
-  __device__ __forceinline__ void tile(const Cache<T, KV>& cache, const uint4* keys, int out_piece, int key, int end,
-                                       float scale, bool sloped, int lane) {
+  __device__ __forceinline__ void tile(const Cache<T, KV>& cache, const uint4* keys, int out_piece,
+                                       int key, int end, float scale, bool sloped, int lane) {
     int g = lane >> 2, t = lane & 3;
     float s[L::kSub][2][4], scales[2][2];
+    unsigned slots[L::kSub];
+    if (L::kBytes) {
+      Walk<Cache<T, KV>> walk(cache, key);
+      slots_of<T, KV, DP>(slots, walk, key, end);
+    }
     scores(s, keys, g, t);
     if (L::kBytes)
 #pragma unroll
       for (int u = 0; u < L::kSub; ++u) {
-        scales_of(scales, cache, cache.k_scales, key + 16 * u, end, t);
+        scales_of(scales, cache.k_scales, slots[u], key + 16 * u < end, t);
 #pragma unroll
         for (int i = 0; i < 8; ++i) s[u][i >> 2][i & 3] = __fmul_rn(s[u][i >> 2][i & 3], scales[i >> 2][i & 1]);
       }
@@ -166,7 +182,7 @@ struct Work {
 #pragma unroll
           for (int i = 0; i < 4; ++i) acc[n][i] = __fmul_rn(acc[n][i], keep[u][i >> 1]);
       uint32_t p[4];
-      if (L::kBytes) scales_of(scales, cache, cache.v_scales, key + 16 * u, end, t);
+      if (L::kBytes) scales_of(scales, cache.v_scales, slots[u], key + 16 * u < end, t);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         sum[r] = __fmul_rn(sum[r], keep[u][r]);
@@ -280,10 +296,11 @@ prefill_attention(const T* __restrict__ q_THD, const KV* __restrict__ k_cache, c
     }
     Cache<T, KV> cache = {k_cache, v_cache, k_scales, v_scales, tables_SB + (size_t)now * B, J, j, block_size, D};
 
+    Walk<Cache<T, KV>> ahead(cache, 0);
     int tiles = last / L::kTile + 1;
     auto fetch = [&](int i) {
       void* to = L::kBytes ? (void*)(raw + i % 2 * 2 * L::kPieces) : (void*)(memory + i % L::kStages * L::kStage);
-      if (i < tiles) copy_tile<T, KV, DP>(to, cache, i * L::kTile, min((i + 1) * L::kTile, last + 1));
+      if (i < tiles) copy_tile<T, KV, DP>(to, cache, ahead, i * L::kTile, min((i + 1) * L::kTile, last + 1));
       cp_async_commit();
     };
     constexpr int kAhead = L::kBytes ? 1 : L::kStages - 1;
@@ -316,10 +333,9 @@ prefill_attention(const T* __restrict__ q_THD, const KV* __restrict__ k_cache, c
 #pragma unroll
     for (int n = 0; n < work.kTiles; ++n) {
       int d = out0 + 8 * n + 2 * t;
-      float sum = work.all_sum[r], v[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) v[i] = sum > 0.f ? __fdiv_rn(work.total[n][2 * r + i], sum) : 0.f;
-      if (row >= 0 && d < D) *reinterpret_cast<uint32_t*>(out_THD + (size_t)row * D + d) = pair<T>(v[0], v[1]);
+      float sum = work.all_sum[r];
+      uint32_t both = pair<T>(normed(work.total[n][2 * r], sum), normed(work.total[n][2 * r + 1], sum));
+      if (row >= 0 && d < D) *reinterpret_cast<uint32_t*>(out_THD + (size_t)row * D + d) = both;
     }
   }
 }

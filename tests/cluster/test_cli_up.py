@@ -15,6 +15,7 @@ from gguf import GGUFReader
 from gguf_writer import gguf_from_directory
 from safetensors.numpy import load_file, save_file
 
+from flm.cluster import launch
 from flm.cluster.checks import why_taken
 from flm.cluster.cli import main
 from flm.cluster.ray_head import free_port
@@ -37,12 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(psutil.Process().children(recursive=True))
-    shared = set(Path("/dev/shm").glob("flm-run-*"))
+    monkeypatch.setattr(launch, "_shared_memory", lambda: str(tmp_path))
     yield tmp_path
     assert set(psutil.Process().children(recursive=True)) == before
     assert not list(tmp_path.glob("flm-ray-*"))
     assert not list((tmp_path / "state").rglob("*.json"))
-    assert set(Path("/dev/shm").glob("flm-run-*")) == shared
+    assert not list(tmp_path.glob("flm-run-*"))
 
 
 def refused(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:

@@ -7,6 +7,7 @@ shared memory, wrong fragments. It cannot see bank conflicts, speed, or reorderi
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import mmap
 import os
@@ -138,18 +139,25 @@ def _compile(name: str, text: str, command: list[str]) -> Path:
     parts = [text, name, *command, platform.platform(), *shim]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     target = cache_folder() / key / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
-            file, made = Path(work, "source.cpp"), Path(work, "made")
-            file.write_text(text)
-            done = subprocess.run(
-                [*command, str(file), "-o", str(made)], check=False, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise RuntimeError(f"g++ refused a kernel source:\n{done.stderr[:4000]}")
-            os.replace(made, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / "lock").open("w") as lock:  # two processes of tests need the same library
+        if not target.exists():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _run_compiler(text, command, target)
     return target
+
+
+def _run_compiler(text: str, command: list[str], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as work:
+        file, made = Path(work, "source.cpp"), Path(work, "made")
+        file.write_text(text)
+        done = subprocess.run(
+            [*command, str(file), "-o", str(made)], check=False, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"g++ refused a kernel source:\n{done.stderr[:4000]}")
+        os.replace(made, target)
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from running_cluster import (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     gateway, admin = free_address(), free_address()

@@ -131,10 +131,10 @@ def test_replicas_do_not_talk_to_strangers(cluster: Cluster) -> None:
         stub = flm_pb2_grpc.ReplicaStub(channel)
         for metadata in (None, call_metadata("a guess", replica.replica_id)):
             with pytest.raises(grpc.RpcError) as refused:
-                stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=metadata, timeout=5)
+                stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=metadata, timeout=30)
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         known = call_metadata(key, replica.replica_id)
-        answer = stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=known, timeout=5)
+        answer = stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=known, timeout=30)
     assert answer.replica_id == replica.replica_id
 
 

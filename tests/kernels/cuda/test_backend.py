@@ -1,4 +1,6 @@
-"""The CUDA backend under a whole decoder, its kernels emulated: golden checkpoints against the CPU's logits and tokens."""
+"""The CUDA backend under a whole decoder: golden checkpoints against the logits of their own code. On the emulator
+tests/worker/test_cuda_engine.py does that.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,9 @@ GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 TOLERANCE = {"float16": 0.003, "bfloat16": 0.04}
 
 
+decoders = pytest.mark.skipif(not on_gpu(), reason="seconds each on the emulator, which sees them elsewhere")
+
+
 @pytest.fixture(scope="module")
 def device():
     if not on_gpu():
@@ -33,6 +38,7 @@ def engine_on(device, monkeypatch, name, activation, **options):
     return Engine(GOLDEN / name, device="cuda", **options)
 
 
+@decoders
 @pytest.mark.parametrize(
     ("name", "activation", "options"),
     [
@@ -50,6 +56,7 @@ def test_logits_are_near_the_golden_ones(device, monkeypatch, name, activation, 
     np.testing.assert_array_equal(cut, whole)
 
 
+@decoders
 def test_tokens_of_a_batch_are_those_of_a_request_alone(device, monkeypatch):
     """Prompts in chunks, recorded decode steps, greedy and drawn; a request's cached prefix changes nothing."""
     ids = np.load(GOLDEN / "llama2" / "ref.npz")["ids"].tolist()

@@ -51,7 +51,7 @@ types: $(VENV)/.dev
 
 # `python -m pytest` runs all of it in one process. Clusters of tests are alone on the machine: they have time limits.
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m 'not e2e' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m 'not e2e' -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -q -m e2e
 
 # The wheel's packages are imported from the wheel; only its dependencies come from the environment above.

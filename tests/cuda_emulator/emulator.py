@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -209,16 +209,22 @@ class EmulatedDevice:
         for old, new in edits:
             assert sum(old in text for text in texts.values()) == 1, f"a source with {old!r} expected"
             texts = {name: text.replace(old, new, 1) for name, text in texts.items()}
+        self._build(kernels, texts)
+
+    def _build(self, kernels: Sequence[Kernel], texts: Mapping[str, str]) -> None:
+        """Build instances of the sources' `texts`."""
+        sources: dict[str, list[Kernel]] = {}
+        for kernel in dict.fromkeys(kernels):
+            sources.setdefault(kernel.source, []).append(kernel)
         parts = [
             (name, found[i : i + TOGETHER])
-            for name in sources
-            for found in [[k for k in dict.fromkeys(kernels) if k.source == name]]
+            for name, found in sorted(sources.items())
             for i in range(0, len(found), TOGETHER)
         ]
         _shim()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            built = pool.map(lambda part: build(texts[part[0]], part[1]), parts)
-            for (_, members), library in zip(parts, built, strict=True):
+            libraries = pool.map(lambda part: build(texts[part[0]], part[1]), parts)
+            for (_, members), library in zip(parts, libraries, strict=True):
                 self._where |= {kernel: (library, i) for i, kernel in enumerate(members)}
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -242,15 +248,13 @@ class EmulatedDevice:
     def prepare(
         self, kernels: Iterable[Kernel], progress: Callable[[int, int, Kernel], None] | None = None
     ) -> None:
-        """Build those that are not yet, each by itself, at once."""
+        """Build those that are not yet."""
         todo = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._where]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            texts = [inlined((FOLDER / kernel.source).read_text()) for kernel in todo]
-            built = pool.map(lambda text, kernel: build(text, [kernel]), texts, todo)
-            for done, (kernel, library) in enumerate(zip(todo, built, strict=True), 1):
-                self._where[kernel] = library, 0
-                if progress is not None:
-                    progress(done, len(todo), kernel)
+        texts = {name: inlined((FOLDER / name).read_text()) for name in {kernel.source for kernel in todo}}
+        self._build(todo, texts)
+        for done, kernel in enumerate(todo, 1):
+            if progress is not None:
+                progress(done, len(todo), kernel)
 
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """Runs the calls at every launch: what they do not launch as kernels is not seen."""

@@ -55,12 +55,17 @@ def cached_values(shard: ShardSpec) -> int:
 def make_caches(
     backend: Backend, shard: ShardSpec, num_blocks: int, block_size: int, dtype: Any, sequences: int
 ) -> list[KVCache] | list[LatentCache] | list[RecurrentState]:
-    """One cache per layer; for recurrent ones a state of each of `sequences` sequences."""
+    """One cache per layer; for recurrent ones a state of each of `sequences` sequences. Raises InvalidRequest for a dtype
+    that latents cannot have."""
     a, layers = shard.model.attention, range(shard.model.layers)
     if a.recurrent:
         return [recurrent_state(backend, shard, sequences) for _ in layers]
     if a.latent is not None:
         ops, c = latent_ops(backend), a.latent
+        if dtype == "int8":
+            raise InvalidRequest(
+                "kv_cache.dtype", "expected auto for a model whose cache is latents, got int8"
+            )
         return [ops.latent_cache(num_blocks, block_size, c.rank, c.rotary, dtype) for _ in layers]
     heads = shard.kv_heads.size
     return [backend.kv_cache(num_blocks, block_size, heads, a.head_dim, dtype) for _ in layers]

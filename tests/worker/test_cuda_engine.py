@@ -160,6 +160,8 @@ def test_two_ranks_through_the_memory_of_the_host(cuda: Any) -> None:
 def test_what_the_device_cannot_do_is_said(cuda: Any, device: EmulatedDevice) -> None:
     with pytest.raises(InvalidRequest, match="one of bfloat16, int8 on this device, got float32"):
         cuda(kv_dtype="float32")
+    with pytest.raises(InvalidRequest, match="whose cache is latents, got int8"):
+        cuda("deepseek_v3", kv_dtype="int8")
 
 
 def test_a_machine_without_cupy_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

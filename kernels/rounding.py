@@ -5,9 +5,14 @@ Shape legend: N outputs, K inputs, G groups of `group` inputs along K.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from flm.kernels.copying import in_pieces
+from flm.kernels.cpu.configure import load_ops
 from flm.kernels.quant import QuantizedMatrix, pack_nibbles
 
 F32 = NDArray[np.float32]
@@ -15,6 +20,8 @@ F32 = NDArray[np.float32]
 NARROWINGS = (1.0, 0.94, 0.88, 0.82, 0.75, 0.69, 0.63, 0.56)
 REFITS = 3
 TOP = 15
+DAMPING = 0.01  # of the mean of the diagonal, as is usual
+TOGETHER = 64  # inputs whose errors are carried on to the rest at once
 
 
 def round_weighted(values_NK: NDArray[np.float32], group: int, weight_K: F32) -> QuantizedMatrix:
@@ -23,58 +30,99 @@ def round_weighted(values_NK: NDArray[np.float32], group: int, weight_K: F32) ->
     weight: mean squares of the inputs, so that this sum is the expected squared error of an output whose inputs are
     uncorrelated. Scale and offset begin at several narrowings of a group's range, and are fitted to the codes by weighted least
     squares in turn (as llama.cpp's importance matrices are used)."""
+    (n, k), spare = values_NK.shape, -values_NK.shape[1] % group
+    scales, offsets = (_stored(values) for values in _searched(values_NK, group, weight_K))
+    codes = np.zeros((n, k + spare), np.uint8)
+
+    def fill(rows: range) -> None:
+        part = slice(rows.start, rows.stop)
+        wide = [
+            np.repeat(values[part].astype(np.float32), group, axis=1)[:, :k] for values in (scales, offsets)
+        ]
+        levels = (values_NK[part] - wide[1]) / np.where(wide[0] == 0, np.float32(1), wide[0])
+        codes[part, :k] = np.rint(levels).clip(0, TOP)
+
+    in_pieces(fill, n, values_NK.nbytes)
+    if scales.dtype != offsets.dtype:
+        scales, offsets = scales.astype(np.float32), offsets.astype(np.float32)
+    return QuantizedMatrix("int4", (n, k), pack_nibbles(codes), group, scales, offsets)
+
+
+def _searched(values_NK: F32, group: int, weight_K: F32) -> tuple[F32, F32]:
+    """Scales and offsets [N, G]."""
+    load_ops("steps")
+    from flm.kernels.cpu.steps import search
+
+    (n, k), groups = values_NK.shape, -(-values_NK.shape[1] // group)
+    padded = np.pad(np.maximum(weight_K, 0), (0, groups * group - k)).reshape(groups, group)
+    mean = padded.sum(axis=1, keepdims=True) / np.minimum(group, k - np.arange(groups)[:, None] * group)
+    even = np.where(mean > 0, padded / np.where(mean > 0, mean, 1), 1) + 1e-3
+    weight = np.ascontiguousarray(even.reshape(-1)[:k], np.float32)
+    values, narrowings = np.ascontiguousarray(values_NK, np.float32), np.array(NARROWINGS, np.float32)
+    scales, offsets = np.empty((n, groups), np.float32), np.empty((n, groups), np.float32)
+
+    def work(rows: range) -> None:
+        part = slice(rows.start, rows.stop)
+        search(values[part], weight, group, narrowings, REFITS, scales[part], offsets[part])
+
+    in_pieces(work, n, values.nbytes)
+    return scales, offsets
+
+
+def _stored(values: F32) -> NDArray[Any]:
+    """In half precision where that can hold them."""
+    return values.astype(np.float16 if np.abs(values).max(initial=0) <= 65504 else np.float32)
+
+
+def round_compensated(values_NK: F32, group: int, moments_KK: F32) -> QuantizedMatrix:
+    """A float32 matrix as int4, each input's error made good by the inputs that are rounded after it.
+
+    moments: mean of x xᵀ over the inputs x, so that error · moments · errorᵀ is the expected squared error of an output. GPTQ
+    (arXiv:2210.17323), inputs with the largest mean squares first; the groups' scales and offsets are those of round_weighted."""
+    load_ops("steps")
+    from flm.kernels.cpu.steps import compensate
+
     n, k = values_NK.shape
-    groups = -(-k // group)
-    spare = groups * group - k
-    grouped = np.pad(values_NK, ((0, 0), (0, spare)), mode="edge").reshape(n, groups, group)
-    weight = np.pad(np.maximum(weight_K, 0), (0, spare)).astype(np.float32).reshape(1, groups, group)
-    mean = weight.mean(axis=2, keepdims=True)
-    weight = np.where(mean > 0, weight / np.where(mean > 0, mean, 1), 1).astype(np.float32) + np.float32(1e-3)
-    scales, offsets = _best(grouped, weight)
-    codes = _codes(grouped, scales, offsets).astype(np.uint8).reshape(n, -1)
-    codes[:, k:] = 0
-    halves = max(np.abs(scales).max(initial=0), np.abs(offsets).max(initial=0)) <= 65504
-    kept = [values[:, :, 0].astype(np.float16 if halves else np.float32) for values in (scales, offsets)]
-    return QuantizedMatrix("int4", (n, k), pack_nibbles(codes), group, kept[0], kept[1])
+    order = np.argsort(-moments_KK.diagonal(), kind="stable")
+    factor = np.ascontiguousarray(_inverse_factor(moments_KK[np.ix_(order, order)]), np.float32)
+    plain = round_weighted(values_NK, group, np.ascontiguousarray(moments_KK.diagonal()))
+    assert plain.scales is not None and plain.offsets is not None
+    scales, offsets = plain.scales.astype(np.float32), plain.offsets.astype(np.float32)
+    left, ordered = np.ascontiguousarray(values_NK[:, order], np.float32), np.empty((n, k), np.uint8)
+
+    for start in range(0, k, TOGETHER):
+        stop = min(start + TOGETHER, k)
+        errors = np.empty((n, stop - start), np.float32)
+
+        def work(rows: range, start: int = start, stop: int = stop, errors: F32 = errors) -> None:
+            part = slice(rows.start, rows.stop)
+            tables = scales[part], offsets[part], order // group, ordered[part], errors[part]
+            compensate(left[part], start, stop, factor, *tables)
+
+        in_pieces(work, n, left.nbytes)
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    codes = np.zeros((n, scales.shape[1] * group), np.uint8)
+    codes[:, order] = ordered
+    return replace(plain, codes=pack_nibbles(codes))
 
 
-def _best(grouped: F32, weight: F32) -> tuple[F32, F32]:
-    low, high = grouped.min(axis=2, keepdims=True), grouped.max(axis=2, keepdims=True)
-    middle, half = (low + high) / 2, (high - low) / 2
-    least = np.full(low.shape, np.inf, np.float32)
-    best_scales, best_offsets = np.zeros_like(low), low
-    for narrowing in NARROWINGS:
-        offsets = middle - half * np.float32(narrowing)
-        scales = half * np.float32(2 * narrowing / TOP)
-        for _ in range(REFITS):
-            scales, offsets = _fitted(grouped, weight, scales, offsets)
-        scales, offsets = _stored(scales), _stored(offsets)
-        error = _codes(grouped, scales, offsets) * scales + offsets - grouped
-        loss = (weight * error * error).sum(axis=2, keepdims=True)
-        better = loss < least
-        least = np.where(better, loss, least)
-        best_scales = np.where(better, scales, best_scales)
-        best_offsets = np.where(better, offsets, best_offsets)
-    return best_scales, best_offsets
+def _inverse_factor(moments: F32) -> F32:
+    """The upper U with Uᵀ U = moments⁻¹. Some of the mean is added to the diagonal, more where that is not enough."""
+    mean, damping = max(float(moments.diagonal().mean()), 1e-20), DAMPING
+    while True:
+        damped = moments + np.eye(len(moments), dtype=np.float32) * np.float32(damping * mean)
+        try:
+            lower = np.linalg.cholesky(damped[::-1, ::-1])
+            return _inverse_upper(np.ascontiguousarray(lower[::-1, ::-1]))
+        except np.linalg.LinAlgError:
+            damping *= 10
 
 
-def _codes(grouped: F32, scales: F32, offsets: F32) -> F32:
-    return np.rint((grouped - offsets) / np.where(scales == 0, np.float32(1), scales)).clip(0, TOP)
-
-
-def _fitted(grouped: F32, weight: F32, scales: F32, offsets: F32) -> tuple[F32, F32]:
-    """The weighted least squares fit of scale and offset to these codes; as they were where it is none."""
-    codes = _codes(grouped, scales, offsets)
-    total = lambda values: values.sum(axis=2, keepdims=True)
-    w, c, cc = total(weight + 0 * codes), total(weight * codes), total(weight * codes * codes)
-    v, cv = total(weight * grouped), total(weight * codes * grouped)
-    spread = w * cc - c * c
-    fits = spread > np.float32(1e-6) * w * cc
-    slope = (w * cv - c * v) / np.where(fits, spread, 1)
-    fits &= slope > 0
-    return np.where(fits, slope, scales), np.where(fits, (v - slope * c) / w, offsets)
-
-
-def _stored(values: F32) -> F32:
-    """Rounded to half precision where that can hold them, so that codes are chosen for what is kept."""
-    return values.astype(np.float16).astype(np.float32) if np.abs(values).max(initial=0) <= 65504 else values
+def _inverse_upper(upper: F32) -> F32:
+    size = len(upper)
+    if size <= 64:
+        return np.linalg.inv(upper)
+    half, out = size // 2, np.zeros_like(upper)
+    a, c = _inverse_upper(upper[:half, :half]), _inverse_upper(upper[half:, half:])
+    out[:half, :half], out[half:, half:], out[:half, half:] = a, c, -(a @ upper[:half, half:]) @ c
+    return out

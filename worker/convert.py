@@ -14,12 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from flm.worker.adapter_convert import convert_adapter, is_adapter
-from flm.worker.calibration import input_weights
-from flm.worker.checkpoint import open_checkpoint, open_pickles
+from flm.worker.calibration import calibrated
+from flm.worker.checkpoint import Checkpoint, open_checkpoint, open_pickles
 from flm.worker.errors import ConfigError
 from flm.worker.precision import parse_quantization
 from flm.worker.prepare import write_weights
@@ -61,6 +58,11 @@ def convert(
     quantization: as in cluster.yaml. tensor_parallel: 0 for weights that any number of ranks can load, else one file for
     each of that many ranks, with expert_parallel as in cluster.yaml. on_progress gets 0 to 1. calibrate: run the model first, to
     round to int4 with regard to what comes into each matrix. Raises ConfigError and CheckpointError; then nothing is left."""
+    if source.suffix == ".gguf":
+        raise ConfigError(
+            f"{source}: a directory expected; a .gguf file is quantised already, and each rank reads its own part of it",
+            field="source",
+        )
     if not source.is_dir():
         raise ConfigError(f"{source}: a directory with config.json and weights expected", field="source")
     if expert_parallel and not tensor_parallel:
@@ -76,8 +78,10 @@ def convert(
             convert_adapter(source, partial, on_progress)
         return
     pickled = not any(source.glob("*.safetensors"))
-    checkpoint = open_pickles(source) if pickled else open_checkpoint(source)
-    weights = _calibrated(source, pickled, quantization, tensor_parallel) if calibrate else {}
+    if calibrate:
+        checkpoint = _calibrated(source, pickled, quantization, tensor_parallel)
+    else:
+        checkpoint = open_pickles(source) if pickled else open_checkpoint(source)
     with _appearing(target) as partial:
         _copy_beside(source, partial)
         if tensor_parallel:
@@ -85,20 +89,19 @@ def convert(
                 checkpoint, partial, quantization, tensor_parallel, expert_parallel, on_progress
             )
         else:
-            extra = write_weights(checkpoint, partial, quantization, weights, on_progress)
+            extra = write_weights(checkpoint, partial, quantization, on_progress)
         _write_config(source / "config.json", partial / "config.json", extra)
 
 
-def _calibrated(
-    source: Path, pickled: bool, quantization: str, tensor_parallel: int
-) -> dict[str, NDArray[np.float32]]:
-    if parse_quantization(quantization).format != "int4" or tensor_parallel:
+def _calibrated(source: Path, pickled: bool, quantization: str, tensor_parallel: int) -> Checkpoint:
+    precision = parse_quantization(quantization)
+    if precision.format != "int4" or tensor_parallel:
         raise ConfigError(
             "int4 for any number of ranks expected; cut the result in a second step", field="calibrate"
         )
     if pickled:
         raise ConfigError("safetensors expected; convert the pickles first", field="calibrate")
-    return input_weights(source)
+    return calibrated(source, precision)
 
 
 def _copy_beside(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -217,7 +217,8 @@ class Engine:
     def logits(
         self, token_ids: Sequence[int], chunk: int | None = None, adapter: str = ""
     ) -> NDArray[np.float32]:
-        """float32 [tokens, vocab]: the next-token logits after each token, computed `chunk` tokens at a time.
+        """float32 [tokens, vocab]: the next-token logits after each token, computed `chunk` tokens at a time; a context that
+        sees all of itself is never cut.
 
         For tests and scoring; call it while nothing is being generated, for the ranks run one step at a time.
         """
@@ -239,8 +240,9 @@ class Engine:
     ) -> NDArray[np.float32]:
         slot, count, parts = self.spec.max_sequences - 1, len(token_ids), []
         new = NewSequence(slot, token_ids, count, 0, blocks, params)
-        for start in range(0, count, size):
-            item = Scheduled(slot, start, min(size, count - start))
+        first = min(max(size, self.config.uncut(tuple(token_ids))), count)
+        for start, stop in pairwise([0, *range(first, count, size), count]):
+            item = Scheduled(slot, start, stop - start)
             plan = StepPlan(0, [new] if start == 0 else [], [item], [])
             parts.append(self._each_rank(lambda rank, plan=plan: rank.runner.all_logits(plan))[0])  # type: ignore[misc]
         return np.concatenate(parts)

@@ -12,11 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from flm.kernels.quant import QuantizedMatrix
-from flm.kernels.rounding import round_weighted
 from flm.worker.checkpoint import Checkpoint
 from flm.worker.config import Span
 from flm.worker.packing.prepared import METHOD, parts_of
@@ -28,7 +24,6 @@ from flm.worker.tensor_source import stack_rows
 FILE_BYTES = 4 << 30  # of the source's tensors in one file
 PART_ENDINGS = ("", "_scale", "_offset", "_gather")
 Progress = Callable[[float], None]
-F32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -38,18 +33,14 @@ class _Tensor:
     name: str
     format: str  # "" for a vector
     nbytes: int
-    input_weight: F32 | None
 
 
 def write_weights(
-    checkpoint: Checkpoint, target: Path, quantization: str, weights: dict[str, F32], on_progress: Progress
+    checkpoint: Checkpoint, target: Path, quantization: str, on_progress: Progress
 ) -> dict[str, Any]:
-    """Every tensor under its own name, so that the family's recipes hold as before; returns what config.json must say.
-
-    weights: how much each input of a matrix matters to its rounding to int4, by canonical name; others are rounded to the
-    nearest."""
+    """Every tensor under its own name, so that the family's recipes hold as before; returns what config.json must say."""
     precision = parse_quantization(quantization)
-    tensors = _tensors(checkpoint, precision, weights)
+    tensors = _tensors(checkpoint, precision)
     groups, total, done = list(_files(tensors)), sum(t.nbytes for t in tensors), 0
     columns: dict[str, int] = {}
     index: dict[str, str] = {}
@@ -78,7 +69,7 @@ def write_weights(
     return {"quantization_config": {"quant_method": METHOD, "columns": columns}}
 
 
-def _tensors(checkpoint: Checkpoint, precision: Precision, weights: dict[str, F32]) -> list[_Tensor]:
+def _tensors(checkpoint: Checkpoint, precision: Precision) -> list[_Tensor]:
     """Every tensor of the source that some canonical tensor is made of, in the order of the decoder."""
     found: dict[str, _Tensor] = {}
     for name, shape in checkpoint.shapes.items():
@@ -87,7 +78,7 @@ def _tensors(checkpoint: Checkpoint, precision: Precision, weights: dict[str, F3
         format = precision.wanted(name, storage.format) if len(shape) == 2 else ""
         if len(shape) == 2 and not source.endswith(".weight"):
             format = storage.format  # quantised parts are found by that ending
-        found.setdefault(source, _Tensor(source, format, storage.nbytes, weights.get(name)))
+        found.setdefault(source, _Tensor(source, format, storage.nbytes))
     return list(found.values())
 
 
@@ -128,7 +119,4 @@ def read_matrix(checkpoint: Checkpoint, tensor: _Tensor, group: int) -> Quantize
     read = lambda a, b: checkpoint.source.matrix(tensor.name, Span(a, b), Span(0, k))
     if checkpoint.source.storage(tensor.name).format == tensor.format:
         return read(0, n)
-    if tensor.format == "int4" and tensor.input_weight is not None:
-        weight, pieces = tensor.input_weight, row_pieces(n, k, 1 << 20)
-        return stack_rows((round_weighted(read(a, b).dequantize(), group, weight) for a, b in pieces), n)
     return stack_rows((convert(read(a, b), tensor.format, group) for a, b in row_pieces(n, k)), n)

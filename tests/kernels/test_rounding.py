@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flm.kernels.quant import quantize
-from flm.kernels.rounding import round_weighted
+from flm.kernels.rounding import round_compensated, round_weighted
 
 
 @pytest.mark.parametrize(("k", "group"), [(256, 64), (200, 128), (48, 64)])
@@ -34,3 +34,34 @@ def test_what_half_precision_cannot_hold(rng):
     matrix = round_weighted(values, 32, np.ones(32, np.float32))
     assert matrix.scales.dtype == np.float32
     assert np.abs(matrix.dequantize() - values).max() < 0.1 * np.abs(values).max()
+
+
+@pytest.mark.parametrize(("k", "group"), [(256, 64), (200, 128)])
+def test_errors_are_made_good_by_later_inputs(rng, k, group):
+    values = rng.standard_normal((40, k)).astype(np.float32)
+    mixing = rng.standard_normal((k, k)) / np.sqrt(k) + np.diag(rng.lognormal(0, 0.5, k))
+    inputs = (rng.standard_normal((4 * k, k)) @ mixing).astype(np.float32)
+    moments = inputs.T @ inputs / np.float32(len(inputs))
+    loss = lambda matrix: float((((matrix.dequantize() - values) @ inputs.T) ** 2).sum())
+    got, apart = round_compensated(values, group, moments), round_weighted(values, group, moments.diagonal())
+    assert (got.format, got.group, got.shape) == ("int4", group, (40, k))
+    np.testing.assert_array_equal(got.scales, apart.scales)
+    assert loss(got) < 0.75 * loss(apart)
+
+
+def test_inputs_that_have_nothing_in_common_are_rounded_apart(rng):
+    values, weight = (
+        rng.standard_normal((9, 96)).astype(np.float32),
+        rng.lognormal(0, 1, 96).astype(np.float32),
+    )
+    got, apart = round_compensated(values, 32, np.diag(weight)), round_weighted(values, 32, weight)
+    np.testing.assert_array_equal(got.dequantize(), apart.dequantize())
+
+
+def test_inputs_that_never_vary(rng):
+    """One input that is always there, others that never are: no inverse without something on the diagonal."""
+    values = rng.standard_normal((4, 64)).astype(np.float32)
+    for moments in (np.zeros((64, 64), np.float32), np.ones((64, 64), np.float32)):
+        error = round_compensated(values, 32, moments).dequantize() - values
+        assert np.isfinite(error).all()
+        assert np.abs(error.sum(axis=1)).max() < 16

@@ -17,9 +17,8 @@ from safetensors.numpy import load_file
 from test_packing_model import METHODS, drawing
 from torch_writer import write_torch_directory
 
-from flm.kernels.quant import quantize
+from flm.kernels.quant import QuantizedMatrix, quantize
 from flm.worker import Engine
-from flm.worker.calibration import input_weights
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.convert import convert
 from flm.worker.errors import CheckpointError, ConfigError
@@ -132,6 +131,12 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     for source, target, error, message in (
         (GOLDEN / "llama2", "there", ConfigError, "exists already; name a new directory"),
         (tmp_path / "absent", "new", ConfigError, "a directory with config.json and weights expected"),
+        (
+            tmp_path / "m.gguf",
+            "new",
+            ConfigError,
+            "source: .*a directory expected; a .gguf file is quantised already",
+        ),
         (tmp_path / "there", "new", CheckpointError, "config.json: cannot be read|holds no weights"),
     ):
         with pytest.raises(error, match=message):
@@ -172,15 +177,38 @@ def test_a_killed_conversion_leaves_no_target_and_the_next_one_cleans_up(tmp_pat
     np.testing.assert_array_equal(logits(target), logits(GOLDEN / "llama2", quantization="int8"))
 
 
+def inputs_of_the_first_layer(path: Path) -> dict[str, Any]:
+    """Moments of what comes into its matrices."""
+    found: dict[int, Any] = {}
+    with Engine(path, max_sequences=4, capture=False) as engine:
+        backend, layer = engine.ranks[0].backend, engine.ranks[0].model.layers[0]
+        linear = backend.linear
+
+        def listen(x: Any, weight: Any, *rest: Any) -> None:
+            found[id(weight)] = x.T.astype(np.float64) @ x
+            linear(x, weight, *rest)
+
+        vars(backend)["linear"] = listen
+        engine.logits(IDS)
+        parts = {"self_attn.q": layer.attention.qkv, "self_attn.o": layer.attention.output}
+        parts |= {"mlp.up": layer.feed_forward.gate_up, "mlp.down": layer.feed_forward.down}
+        return {name: found[id(matrix)] for name, matrix in parts.items()}
+
+
 def test_calibrated_int4_is_nearer_than_rounding_to_the_nearest(tmp_path: Path) -> None:
     source = GOLDEN / "llama31"
     convert(source, tmp_path / "m", "int4:group=64", 0, lambda _: None, calibrate=True)
-    made, floats, weights = open_checkpoint(tmp_path / "m"), open_checkpoint(source), input_weights(source)
-    assert len(weights) == 7 * floats.config.layers
-    for name, weight in weights.items():
+    made, floats = open_checkpoint(tmp_path / "m"), open_checkpoint(source)
+    for part, moments in inputs_of_the_first_layer(source).items():
+        name = f"model.layers.0.{part}_proj.weight"
         exact = floats.matrix(name).dequantize()
-        loss = lambda matrix, exact=exact, w=weight: float(((matrix.dequantize() - exact) ** 2 * w).sum())
-        assert 0 < loss(made.matrix(name)) < 0.95 * loss(quantize(exact, "int4", 64)), name
+
+        def loss(matrix: QuantizedMatrix, exact: Any = exact, moments: Any = moments) -> float:
+            error = matrix.dequantize() - exact
+            return float((error @ moments * error).sum())
+
+        assert made.storage(name).format == "int4"
+        assert 0 < loss(made.matrix(name)) < 0.8 * loss(quantize(exact, "int4", 64)), part
     for quantization, ranks in (("int8", 0), ("int4", 2)):
         with pytest.raises(ConfigError, match="calibrate: int4 for any number of ranks expected"):
             convert(source, tmp_path / "n", quantization, ranks, lambda _: None, calibrate=True)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from safetensors.numpy import load_file
 from flm.worker import Engine
 from flm.worker.checkpoint import open_checkpoint
 from flm.worker.errors import CheckpointError
+from flm.worker.families.fields import Fields
+from flm.worker.families.gguf_experts import experts
+from flm.worker.gguf_file import GGUFTensor
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 NAMES = {
@@ -166,3 +170,23 @@ def test_missing_experts_are_named(tmp_path: Path) -> None:
         CheckpointError, match=r"blk.2.ffn_up_exps.weight.*\[192, 64\] expected, found \[168, 64\]"
     ):
         open_checkpoint(gguf_of("qwen3_moe", tmp_path / "m.gguf", edit=fewer))
+
+
+@pytest.mark.parametrize(
+    ("count", "gating", "groups", "kept"), [(160, 1, 8, 3), (256, 2, 8, 4), (64, 1, 1, 1), (384, 2, 1, 1)]
+)
+def test_groups_that_early_files_leave_out(
+    count: int, gating: int, groups: int, kept: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = {"expert_count": count, "expert_used_count": 6, "expert_feed_forward_length": 32, "block_count": 1}
+    tensors = {"blk.0.ffn_gate_inp.weight": GGUFTensor("F32", (count, 32), 1, 4, 0, 0)}
+    fields = Fields(tmp_path / "old.gguf", raw | {"expert_gating_func": gating})
+    found = experts(SimpleNamespace(tensors=tensors), fields, "deepseek2")  # type: ignore[arg-type]
+    assert found is not None
+    assert (found.routing.groups, found.routing.groups_kept) == (groups, kept)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * (groups > 1)
+    assert "old.gguf: says nothing of groups" in caplog.text or groups == 1
+    said = Fields(tmp_path / "new.gguf", fields.raw | {"expert_group_count": 1})
+    plain = experts(SimpleNamespace(tensors=tensors), said, "deepseek2")  # type: ignore[arg-type]
+    assert plain is not None
+    assert plain.routing.groups == 1

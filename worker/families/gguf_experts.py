@@ -6,6 +6,7 @@ A layer's experts are one tensor of three dimensions, expert by expert; here the
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 
@@ -18,8 +19,13 @@ from flm.worker.families.fields import Fields
 from flm.worker.gguf_file import GGUFFile
 from flm.worker.recipe import Recipe, interleaved
 
+log = logging.getLogger(__name__)
+
 ARCHITECTURES = ("qwen2moe", "qwen3moe", "deepseek2")
 _SIGMOID = 2  # of expert_gating_func
+# groups, and how many of them a token keeps, of DeepSeek-V2 and Coder-V2 (160 experts) and of DeepSeek-V3 and R1 (256), whose
+# early files leave them out
+_UNSAID_GROUPS = {160: (8, 3), 256: (8, 4)}
 _NORMALIZING = ("qwen3moe",)  # architectures whose files need not say so
 _STEMS = {
     "mlp.gate.weight": "ffn_gate_inp.weight",
@@ -65,20 +71,35 @@ def experts(file: GGUFFile, fields: Fields, architecture: str) -> ExpertsConfig 
 
 def _routing(fields: Fields, architecture: str) -> Routing:
     sigmoid = fields.get("expert_gating_func") == _SIGMOID
-    groups = fields.integer("expert_group_count", 1)
+    experts = fields.integer("expert_count")
+    groups, kept = _groups(fields, architecture, experts)
     try:
         return Routing(
-            experts=fields.integer("expert_count"),
+            experts=experts,
             top_k=fields.integer("expert_used_count"),
             score="sigmoid" if sigmoid else "softmax",
             groups=groups,
-            groups_kept=fields.integer("expert_group_used_count", groups),
+            groups_kept=kept,
             pair_score=sigmoid and groups > 1,
             normalize=fields.flag("expert_weights_norm", architecture in _NORMALIZING),
             scale=fields.number("expert_weights_scale", 1.0) if fields.get("expert_weights_scale") else 1.0,
         )
     except ShapeError as error:
         raise fields.fail(str(error)) from error
+
+
+def _groups(fields: Fields, architecture: str, experts: int) -> tuple[int, int]:
+    """Groups of experts, and how many of them a token keeps."""
+    said = fields.get("expert_group_count")
+    if said is not None or architecture != "deepseek2" or experts not in _UNSAID_GROUPS:
+        groups = fields.integer("expert_group_count", 1)
+        return groups, fields.integer("expert_group_used_count", groups)
+    groups, kept = _UNSAID_GROUPS[experts]
+    log.warning(
+        "%s: says nothing of groups of experts; those of the model with %d experts are taken: %d, of which %d are kept",
+        fields.file, experts, groups, kept,
+    )  # fmt: skip
+    return groups, kept
 
 
 def latent_attention(file: GGUFFile, fields: Fields, rope: RopeConfig) -> AttentionConfig:

@@ -52,6 +52,7 @@ class ModelPlan:
     tensor_parallel: int
     device: str  # cpu or cuda, of every rank
     rank_bytes: int  # of the largest rank
+    rank_parts: tuple[int, int, int]  # weights, KV cache and all else, of the rank with the most weights
     vocab: int
     eos_token_ids: tuple[int, ...]
     max_context: int
@@ -86,7 +87,7 @@ class Plan:
         return {
             model.name: ModelFacts(
                 rank_memory=model.rank_bytes,
-                planned=_largest(model.ranks),
+                planned=model.rank_parts,
                 max_context=model.max_context,
                 architecture=model.architecture,
                 precision=model.precision,
@@ -239,6 +240,7 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
         tensor_parallel=demand.tensor_parallel,
         device=demand.device,
         rank_bytes=max(size.total_bytes for size in sizes),
+        rank_parts=_parts(max(sizes, key=lambda size: size.weight_bytes)),
         vocab=shapes.config.vocab,
         eos_token_ids=shapes.config.eos_token_ids,
         max_context=context(demand, shapes),
@@ -251,10 +253,9 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
     return plan, problems
 
 
-def _largest(ranks: tuple[RankPlan, ...]) -> tuple[int, int, int]:
-    """Bytes of weights, KV cache and all else, of the rank with the most weights."""
-    r = max(ranks, key=lambda rank: rank.weight_bytes, default=None)
-    return (r.weight_bytes, r.kv_bytes, r.total_bytes - r.weight_bytes - r.kv_bytes) if r else (0, 0, 0)
+def _parts(size: RankSize) -> tuple[int, int, int]:
+    """Bytes of weights, KV cache and all else."""
+    return size.weight_bytes, size.kv_bytes, size.total_bytes - size.weight_bytes - size.kv_bytes
 
 
 def _rank_plan(replica: int, rank: int, node: str, device: str, size: RankSize) -> RankPlan:

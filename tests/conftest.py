@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
+import tempfile
+import threading
 
 import pytest
 
 from flm.cluster.launch import compile_kernels, needs_compiling
 
-# Files that take long alone; the others fill the gaps behind them.
-LONG = (
-    "test_cuda_engine",
-    "test_launch",
-    "test_engine",
-    "test_linear",
-    "test_attention",
-    "test_experts",
-    "test_sampling",
-)
-LONG += ("test_golden", "test_checks", "test_rank", "test_latent", "test_gpu_check", "test_jit")
+# Files that take long; the others fill the gaps behind them.
+LONG = ("test_cuda_engine", "test_engine", "test_linear", "test_golden", "test_latent", "test_experts")
+LONG += ("test_checks", "test_rank", "test_cli_gateway", "test_launch")
+COMPILING = "FLM_TEST_COMPILING"  # names a file that is locked while the CPU kernels are being compiled
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,10 +23,36 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         os.environ |= {"OPENBLAS_NUM_THREADS": "1"}
         if needs_compiling():
+            _compile_beside()
+
+
+def _compile_beside() -> None:
+    lock = tempfile.NamedTemporaryFile(prefix="flm-compiling-")  # noqa: SIM115 (open until compiled)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.environ[COMPILING] = lock.name
+
+    def compile_and_release() -> None:
+        with lock:
             compile_kernels()
+
+    threading.Thread(target=compile_and_release).start()
+
+
+@functools.cache
+def wait_until_compiled() -> None:
+    try:
+        with open(os.environ[COMPILING], encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+    except (KeyError, FileNotFoundError):
+        return  # nothing was to be compiled, or it is done
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "cuda" not in item.path.parts:
+        wait_until_compiled()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--no-loadscope-reorder` files are handed out in this order."""
+    """With `--no-loadscope-reorder` files are handed out in this order: first those that need no compiled CPU kernels."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.path.stem not in LONG)
+        items.sort(key=lambda item: ("cuda" not in item.path.parts, item.path.stem not in LONG))

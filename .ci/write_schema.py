@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from flm.cluster.config import json_schema
+from flm.cluster.settings.config import json_schema
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(json.dumps(json_schema(), indent=2) + "\n")

@@ -28,7 +28,7 @@ from bench_engine import BATCH, NEW, SHORT, greedy, prompt_ids
 from results_table import add_row
 
 from flm.cluster.client import AsyncClient, Client, Sampling
-from flm.cluster.config import load_config
+from flm.cluster.settings.config import load_config
 from flm.cluster.state import find_endpoint
 from flm.worker import Engine
 

@@ -21,8 +21,8 @@ from multiprocessing.connection import Connection
 
 import grpc.aio
 
-from flm.cluster.gateway import Gateway, ReplicaRoute, ServedModel
-from flm.cluster.replica_service import ReplicaServer
+from flm.cluster.gateway.gateway import Gateway, ReplicaRoute, ServedModel
+from flm.cluster.replica.replica_service import ReplicaServer
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.request import FinishReason, Request, TokenEvent
 from flm.worker.scheduler import Load

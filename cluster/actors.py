@@ -21,14 +21,14 @@ from ray._private import ray_constants, services
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from flm.cluster.config import is_loopback
-from flm.cluster.inventory import nodes_of, rank_resources
-from flm.cluster.loop_thread import LoopThread
-from flm.cluster.placement import Node
-from flm.cluster.rank_process import RankProcess, sigkill
-from flm.cluster.ranks import Adopted, RankReport
-from flm.cluster.router import ReplicaRoute
+from flm.cluster.control.inventory import nodes_of, rank_resources
+from flm.cluster.control.placement import Node
+from flm.cluster.control.ranks import Adopted, RankReport
+from flm.cluster.gateway.router import ReplicaRoute
+from flm.cluster.replica.rank_process import RankProcess, sigkill
+from flm.cluster.settings.config import is_loopback
 from flm.cluster.state import ClusterSpec
+from flm.cluster.wire.loop_thread import LoopThread
 from flm.worker.errors import Unavailable
 from flm.worker.rank import GroupSpec
 
@@ -128,7 +128,7 @@ class GatewayActor:
     """The gateway. Serves on from its last routes while there is no controller."""
 
     def __init__(self, spec: ClusterSpec) -> None:
-        from flm.cluster.gateway_process import GatewayProcess
+        from flm.cluster.gateway.gateway_process import GatewayProcess
 
         self._process = GatewayProcess(spec.desired)
         self._thread = LoopThread("gateway")
@@ -149,7 +149,7 @@ class ControllerActor:
     """The controller with the Admin service."""
 
     def __init__(self, spec: ClusterSpec) -> None:
-        from flm.cluster.controller_process import run_controller
+        from flm.cluster.control.controller_process import run_controller
 
         thread = LoopThread("controller")
         gateway = RayGateway(spec.namespace)

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from flm.cluster.launch import compile_kernels, needs_compiling
+from flm.cluster.launch.launch import compile_kernels, needs_compiling
 
 # Files that take long; the others fill the gaps behind them.
 LONG = ("test_cuda_engine", "test_engine", "test_linear", "test_golden", "test_latent", "test_experts")

@@ -19,6 +19,20 @@ ALLOWED = {
     "kernels": {"kernels"},
     "proto": {"proto"},
 }
+# the rooms of cluster/, each of which knows only those before it; `state` is what they tell each other on disk
+ROOMS = [
+    {"state"},
+    {"prompts"},
+    {"settings"},
+    {"wire"},
+    {"planning", "client"},
+    {"gateway"},
+    {"control"},
+    {"replica"},
+    {"actors"},
+    {"launch"},
+    {"cli"},
+]
 # third-party package -> the files or folders that may import it
 CONFINED = {
     "ray": ("cluster/actors.py",),
@@ -43,19 +57,35 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
-            if node.module == "flm":
-                yield from (f"flm.{alias.name}" for alias in node.names)
+            if node.module in ("flm", "flm.cluster"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module or ""
+
+
+def room_of(name: str) -> int | None:
+    """The number of the room of cluster/ that a dotted name of flm leads to."""
+    parts = name.split(".")
+    return next((i for i, rooms in enumerate(ROOMS) if parts[1:2] == ["cluster"] and parts[2] in rooms), None)
 
 
 def arrow_violations(source: str, place: str) -> list[str]:
     """What `source`, standing at `place` (a path from the root), imports against the rules."""
     wrong = []
+    own = ".".join(["flm", *place.removesuffix(".py").split("/")])
+    floor = room_of(own)
     for name in imports(ast.parse(source)):
         parts = name.split(".")
         if parts[0] == "flm" and parts[1] not in ALLOWED[place.split("/")[0]]:
             wrong.append(f"{place} imports {name}")
+        if (
+            place.startswith("cluster/")
+            and parts[:2] == ["flm", "cluster"]
+            and name.split(".")[2:3] != own.split(".")[2:3]
+        ):
+            there = room_of(name)
+            if there is None or floor is None or there >= floor:
+                wrong.append(f"{place} imports {name}")
         if parts[0] in CONFINED and not place.startswith(CONFINED[parts[0]]):
             wrong.append(f"{place} imports {name}")
     return wrong
@@ -88,11 +118,14 @@ def test_arrows_are_kept() -> None:
     ("place", "source"),
     [
         ("kernels/quant.py", "from flm.worker.config import Span"),
-        ("worker/engine.py", "from flm.cluster import config"),
+        ("worker/engine.py", "from flm.cluster import actors"),
+        ("cluster/gateway/router.py", "from flm.cluster.control.group import Group"),
+        ("cluster/client/calls.py", "from flm.cluster.planning.plan import Plan"),
+        ("cluster/control/group.py", "from flm.cluster import actors"),
         ("worker/engine.py", "def f():\n    import grpc.aio"),
         ("worker/engine.py", "from flm import proto"),
-        ("cluster/controller.py", "import ray"),
-        ("cluster/gateway.py", "import cupy as cp"),
+        ("cluster/control/controller.py", "import ray"),
+        ("cluster/gateway/gateway.py", "import cupy as cp"),
         ("proto/__main__.py", "import flm.worker"),
     ],
 )

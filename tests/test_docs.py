@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from flm.cluster.cli import app
-from flm.cluster.config import ClusterConfig, ModelSection
-from flm.cluster.hardware import KNOWN_GPUS, NodeSpec
+from flm.cluster.settings.config import ClusterConfig, ModelSection
+from flm.cluster.settings.hardware import KNOWN_GPUS, NodeSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from flm.cluster.client import AsyncStream, Sampling
-    from flm.cluster.client_request import Target
-    from flm.cluster.latency import Report, Sample
+    from flm.cluster.client.latency import Report, Sample
+    from flm.cluster.client.request import Target
 
 
 def bench(
@@ -63,7 +63,7 @@ async def _load(
 ) -> tuple[Report, dict[str, int]]:
     """Send all prompts with that many streams at once; the first one alone before, and not counted."""
     from flm.cluster.client import AsyncClient
-    from flm.cluster.latency import summarize
+    from flm.cluster.client.latency import summarize
     from flm.worker.errors import FlmError
 
     errors: dict[str, int] = {}
@@ -86,7 +86,7 @@ async def _load(
 
 
 async def _one(stream: AsyncStream) -> Sample:
-    from flm.cluster.latency import Sample
+    from flm.cluster.client.latency import Sample
 
     sent, arrivals, usage, restarts = time.perf_counter(), [], None, 0
     async for frame in stream:

@@ -17,7 +17,7 @@ def down(
     ] = None,
 ) -> None:
     """Drain the cluster's replicas and stop everything that `up` started."""
-    from flm.cluster.ending import drain_cluster, end_cluster, why_gone
+    from flm.cluster.launch.ending import drain_cluster, end_cluster, why_gone
     from flm.cluster.state import find_endpoint
     from flm.worker.errors import FlmError
 

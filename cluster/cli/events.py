@@ -40,7 +40,7 @@ def follow(
     endpoint: Endpoint, show: Callable[[str], None], pause: Callable[[float], object] = time.sleep
 ) -> None:
     """Show events for as long as the cluster lives, over all of its controllers; or say why they cannot be shown."""
-    from flm.cluster.admin_client import AdminClient
+    from flm.cluster.client.admin_client import AdminClient
     from flm.worker.errors import FlmError, Unavailable
 
     while True:

@@ -11,7 +11,7 @@ from flm.cluster.cli.options import running_cluster
 
 if TYPE_CHECKING:
     from flm.cluster.client import Client
-    from flm.cluster.client_request import Target
+    from flm.cluster.client.request import Target
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="The served model; may be left out where there is only one.")
@@ -30,7 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 def gateway_target(cluster: str, address: str, api_key: str, ca_file: str) -> Target:
     """The gateway at an address, or that of a cluster running here. NotFound, InvalidRequest where there is none."""
-    from flm.cluster.client_request import Target
+    from flm.cluster.client.request import Target
 
     if address:
         return Target(address, api_key, ca_file)

@@ -26,7 +26,7 @@ def await_ready(endpoint: Endpoint, console: Console, interrupts: Interrupts) ->
     advances any more."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-    from flm.cluster.admin_client import AdminClient
+    from flm.cluster.client.admin_client import AdminClient
 
     columns = (
         TextColumn("{task.description}"),

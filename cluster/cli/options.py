@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from flm.cluster.admin_client import AdminClient
+    from flm.cluster.client.admin_client import AdminClient
     from flm.cluster.state import Endpoint
 
 ClusterOption = Annotated[str, typer.Option("--cluster", help="Name of the cluster, where several run here.")]
@@ -20,7 +20,7 @@ KeyOption = Annotated[str, typer.Option("--api-key", envvar="FLM_ADMIN_KEY", hel
 def running_cluster(name: str) -> Endpoint:
     """The named cluster, or the only one that runs here. NotFound where there is none, Unavailable where nothing is
     left of it but its name."""
-    from flm.cluster.ending import why_gone
+    from flm.cluster.launch.ending import why_gone
     from flm.cluster.state import find_endpoint
     from flm.worker.errors import Unavailable
 
@@ -32,7 +32,7 @@ def running_cluster(name: str) -> Endpoint:
 
 def admin_client(cluster: str, address: str, api_key: str) -> AdminClient:
     """A client of the addressed Admin service, or of the one whose cluster runs here. NotFound where there is none."""
-    from flm.cluster.admin_client import AdminClient
+    from flm.cluster.client.admin_client import AdminClient
 
     if address:
         return AdminClient(address, api_key)

@@ -16,9 +16,9 @@ def plan(
     """Estimate memory, KV tokens, concurrency and speed per rank; exit with 1 where it cannot fit."""
     from rich.console import Console
 
-    from flm.cluster.config import load_config
-    from flm.cluster.plan import plan_cluster
-    from flm.cluster.yaml_source import lines_of
+    from flm.cluster.planning.plan import plan_cluster
+    from flm.cluster.settings.config import load_config
+    from flm.cluster.settings.yaml_source import lines_of
 
     config = load_config(file)
     with lines_of(file.read_text(encoding="utf-8"), str(file)):

@@ -54,7 +54,7 @@ def table(found: flm_pb2.ClusterStatus) -> Table:
     from rich.table import Table
 
     from flm.cluster.cli.plain import word
-    from flm.cluster.units import format_bytes
+    from flm.cluster.settings.units import format_bytes
     from flm.proto import flm_pb2
 
     made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns

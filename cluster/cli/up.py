@@ -15,7 +15,7 @@ from flm.worker.errors import FlmError, Unavailable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from flm.cluster.checks import Checked
+    from flm.cluster.launch.checks import Checked
     from flm.cluster.state import Endpoint
 
 LOOK = 2.0  # seconds between looks at a cluster that serves
@@ -28,9 +28,9 @@ def up(
     """Serve what FILE describes. In the foreground, Ctrl-C drains and stops it."""
     from rich.console import Console
 
-    from flm.cluster.checks import check_file
     from flm.cluster.cli.loading import await_ready
-    from flm.cluster.ending import end_cluster
+    from flm.cluster.launch.checks import check_file
+    from flm.cluster.launch.ending import end_cluster
     from flm.cluster.state import load_endpoint
 
     console = Console(highlight=False)
@@ -60,10 +60,10 @@ def up(
 
 def _start(checked: Checked, console: Console) -> Endpoint:
     """Ray imports while the plan is made, and starts once the plan fits."""
-    from flm.cluster import launch
-    from flm.cluster.checks import check_plan
-    from flm.cluster.ray_head import StartingHead
-    from flm.cluster.yaml_source import lines_of
+    from flm.cluster.launch import launch
+    from flm.cluster.launch.checks import check_plan
+    from flm.cluster.launch.ray_head import StartingHead
+    from flm.cluster.settings.yaml_source import lines_of
 
     head = StartingHead() if checked.config.ray.address == "local" else None
     try:
@@ -97,7 +97,7 @@ def _say_where(endpoint: Endpoint, console: Console, seconds: float, detach: boo
 def _stay(endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
     """Show events until interrupted, then drain and stop. A second interrupt does not wait for the drain."""
     from flm.cluster.cli.events import follow
-    from flm.cluster.ending import drain_cluster, end_cluster
+    from flm.cluster.launch.ending import drain_cluster, end_cluster
 
     def show(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
@@ -128,7 +128,7 @@ def _stay(endpoint: Endpoint, console: Console, interrupts: Interrupts) -> None:
 
 def _until_interrupted(endpoint: Endpoint, interrupts: Interrupts) -> bool:
     """Wait; False where the cluster was ended in order meanwhile, Unavailable where its processes went by themselves."""
-    from flm.cluster.ending import end_cluster, why_gone
+    from flm.cluster.launch.ending import end_cluster, why_gone
     from flm.cluster.state import load_endpoint
 
     gone = ""

@@ -10,13 +10,13 @@ import pytest
 from adapter_writer import GOLDEN, random_factors, write_adapter
 
 from flm.cluster.client import AsyncClient, Sampling
-from flm.cluster.config import parse_config
-from flm.cluster.demand import Demand, rank_sizes
-from flm.cluster.group_spec import group_spec
-from flm.cluster.hardware import Hardware, Machine
-from flm.cluster.plan import plan_cluster
-from flm.cluster.served_model import served_model
-from flm.cluster.shapes import read_shapes
+from flm.cluster.control.group_spec import group_spec
+from flm.cluster.gateway.served_model import served_model
+from flm.cluster.planning.demand import Demand, rank_sizes
+from flm.cluster.planning.plan import plan_cluster
+from flm.cluster.planning.shapes import read_shapes
+from flm.cluster.settings.config import parse_config
+from flm.cluster.settings.hardware import Hardware, Machine
 from flm.cluster.state import ModelFacts
 from flm.worker.adapter import AdapterSource
 from flm.worker.errors import AdapterNotFound, ConfigError

@@ -14,10 +14,10 @@ from fake_cluster import KEY as REPLICA_KEY
 from fake_host import FakeGatewayLink, FakeHost
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from flm.cluster.admin import serve_admin
-from flm.cluster.admin_client import AdminClient
-from flm.cluster.controller import Controller
-from flm.cluster.ray_head import free_port
+from flm.cluster.client.admin_client import AdminClient
+from flm.cluster.control.admin import serve_admin
+from flm.cluster.control.controller import Controller
+from flm.cluster.launch.ray_head import free_port
 from flm.cluster.state import Desired, ModelFacts
 from flm.proto import flm_pb2
 from flm.worker.errors import InvalidRequest, ModelNotFound, NotFound, Unauthenticated, Unavailable

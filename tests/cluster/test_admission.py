@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flm.cluster.admission import admit, check_ids, check_messages, derive_seed
+from flm.cluster.gateway.admission import admit, check_ids, check_messages, derive_seed
 from flm.proto import flm_pb2
 from flm.worker.errors import InvalidRequest
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flm.cluster.chat_prompt import render_chat
-from flm.cluster.prompt_formats import CHATML
-from flm.cluster.templates import ChatTemplate
+from flm.cluster.prompts.chat_prompt import render_chat
+from flm.cluster.prompts.prompt_formats import CHATML
+from flm.cluster.prompts.templates import ChatTemplate
 from flm.worker.paths import resolve_model_path
 from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.files import load_tokenizer

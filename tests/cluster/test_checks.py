@@ -17,10 +17,10 @@ from gguf import GGUFWriter
 from gguf_writer import gguf_from_directory
 from small_vocabularies import sentencepiece_model
 
-from flm.cluster import checks
-from flm.cluster.checks import check_file, why_taken
-from flm.cluster.plan import Plan
-from flm.cluster.ray_head import free_port
+from flm.cluster.launch import checks
+from flm.cluster.launch.checks import check_file, why_taken
+from flm.cluster.launch.ray_head import free_port
+from flm.cluster.planning.plan import Plan
 from flm.cluster.state import Endpoint, load_endpoint, save_endpoint
 from flm.kernels.cores import usable_cpus
 from flm.worker.errors import ConfigError

@@ -7,8 +7,8 @@ from typing import Self
 
 import pytest
 
-from flm.cluster import admin_client
 from flm.cluster.cli.events import follow
+from flm.cluster.client import admin_client
 from flm.cluster.state import Endpoint
 from flm.proto import flm_pb2
 from flm.worker.errors import FlmError, InternalError, Unauthenticated, Unavailable

@@ -15,10 +15,10 @@ from gguf import GGUFReader
 from gguf_writer import gguf_from_directory
 from safetensors.numpy import load_file, save_file
 
-from flm.cluster import launch
-from flm.cluster.checks import why_taken
 from flm.cluster.cli import main
-from flm.cluster.ray_head import free_port
+from flm.cluster.launch import launch
+from flm.cluster.launch.checks import why_taken
+from flm.cluster.launch.ray_head import free_port
 from flm.kernels.cores import usable_cpus
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden" / "llama31"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flm.cluster.config import MAX_REPLICAS, ClusterConfig, load_config, parse_config
-from flm.cluster.prompt_choice import PromptChoice
-from flm.cluster.yaml_source import ConfigErrors
+from flm.cluster.prompts.prompt_choice import PromptChoice
+from flm.cluster.settings.config import MAX_REPLICAS, ClusterConfig, load_config, parse_config
+from flm.cluster.settings.yaml_source import ConfigErrors
 from flm.worker.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 from controller_bench import Bench
 
-from flm.cluster import controller, reconcile
-from flm.cluster.reconcile import MAX_SILENCE, Phase
+from flm.cluster.control import controller, reconcile
+from flm.cluster.control.reconcile import MAX_SILENCE, Phase
 from flm.cluster.state import Desired, load_desired
 from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
 from flm.worker.request import Request

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
-from flm.cluster.admin_client import WAIT
-from flm.cluster.ending import drain_cluster
+from flm.cluster.client.admin_client import WAIT
+from flm.cluster.launch.ending import drain_cluster
 from flm.cluster.state import Endpoint
 from flm.proto import flm_pb2, flm_pb2_grpc
 

@@ -16,9 +16,9 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from flm.cluster import resume
 from flm.cluster.client import AsyncClient, Sampling
-from flm.cluster.gateway import Gateway, ServedModel, Tls
+from flm.cluster.gateway import resume
+from flm.cluster.gateway.gateway import Gateway, ServedModel, Tls
 from flm.proto import flm_pb2
 from flm.worker.errors import (
     CheckpointError,

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from flm.cluster import gateway_process
-from flm.cluster.gateway_process import GatewayProcess
-from flm.cluster.served_model import ServedModel
+from flm.cluster.gateway import gateway_process
+from flm.cluster.gateway.gateway_process import GatewayProcess
+from flm.cluster.gateway.served_model import ServedModel
 from flm.cluster.state import Desired, ModelFacts
 from flm.worker.errors import CheckpointError
 

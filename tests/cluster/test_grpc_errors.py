@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from flm.cluster.client import AsyncClient
-from flm.cluster.grpc_errors import from_status, to_status
+from flm.cluster.wire.grpc_errors import from_status, to_status
 from flm.worker import errors
 from flm.worker.errors import FlmError
 

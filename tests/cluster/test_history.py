@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from controller_bench import Bench
 
-from flm.cluster import reconcile
-from flm.cluster.history import HISTORY
-from flm.cluster.reconcile import GIVE_UP
+from flm.cluster.control import reconcile
+from flm.cluster.control.history import HISTORY
+from flm.cluster.control.reconcile import GIVE_UP
 
 
 async def test_a_replica_that_fails_over_and_over_is_given_up_until_an_operator_asks(

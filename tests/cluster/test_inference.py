@@ -14,11 +14,11 @@ import grpc.aio
 import pytest
 from fake_cluster import KEY, MAX_CONTEXT, MODEL, FakeCluster
 
-from flm.cluster import rendering
 from flm.cluster.client import AsyncClient, Sampling
-from flm.cluster.gateway import Gateway, ServedModel
-from flm.cluster.inference import MAX_TEXT
-from flm.cluster.templates import ChatTemplate
+from flm.cluster.gateway.gateway import Gateway, ServedModel
+from flm.cluster.gateway.inference import MAX_TEXT
+from flm.cluster.prompts import rendering
+from flm.cluster.prompts.templates import ChatTemplate
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import (
     InvalidRequest,
@@ -285,7 +285,7 @@ async def test_refusals(start_cluster: Start, request_: Any, status: str, field:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await method(request_).read()
     assert caught.value.code().name == status
-    from flm.cluster.grpc_errors import from_rpc_error
+    from flm.cluster.wire.grpc_errors import from_rpc_error
 
     assert getattr(from_rpc_error(caught.value), "field", "") == field
     assert cluster.seats[0].replica.accepted == []

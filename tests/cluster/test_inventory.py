@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from flm.cluster import plan
-from flm.cluster.demand import Demand
-from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
-from flm.cluster.inventory import nodes_of, rank_resources
-from flm.cluster.joined_ray import machine_of
-from flm.cluster.placement import Group, Node, place
-from flm.cluster.plan import plan_demands
-from flm.cluster.shapes import read_shapes
+from flm.cluster.control.inventory import nodes_of, rank_resources
+from flm.cluster.control.placement import Group, Node, place
+from flm.cluster.launch.joined_ray import machine_of
+from flm.cluster.planning import plan
+from flm.cluster.planning.demand import Demand
+from flm.cluster.planning.plan import plan_demands
+from flm.cluster.planning.shapes import read_shapes
+from flm.cluster.settings.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.kernels.cuda.inventory import VisibleGpu, gpus_of
 from flm.worker.device_support import missing_on_gpus
 from flm.worker.errors import ConfigError, DoesNotFit

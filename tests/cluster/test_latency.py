@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm.cluster.latency import Sample, distribution, summarize
+from flm.cluster.client.latency import Sample, distribution, summarize
 
 
 def test_percentiles_are_nearest_rank() -> None:

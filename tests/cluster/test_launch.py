@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flm.cluster import launch
 from flm.cluster.cli.interrupts import Interrupts
-from flm.cluster.demand import Demand
-from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
-from flm.cluster.plan import plan_demands
+from flm.cluster.launch import launch
+from flm.cluster.planning.demand import Demand
+from flm.cluster.planning.plan import plan_demands
+from flm.cluster.settings.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.worker.errors import FlmError
 
 
@@ -51,7 +51,7 @@ def test_waiting_for_an_interrupt_ends_when_another_thread_says_so() -> None:
 
 
 INTERRUPTED = """
-from flm.cluster import launch
+from flm.cluster.launch import launch
 from flm.cluster.cli.interrupts import Interrupts
 launch._COMPILE = launch._COMPILE.replace("from flm.kernels.cpu.backend import warm", "import time")
 launch._COMPILE = launch._COMPILE.replace("warm(int(sys.argv[1]))", "time.sleep(300)")

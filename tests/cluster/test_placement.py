@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm.cluster.placement import RANKS_PER_CORE, Group, Node, place, threads_per_rank
+from flm.cluster.control.placement import RANKS_PER_CORE, Group, Node, place, threads_per_rank
 from flm.worker.errors import DoesNotFit
 
 GIB = 1 << 30

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from shard_layers import layer_of
 
-from flm.cluster.config import load_config
-from flm.cluster.demand import Demand, rank_sizes
-from flm.cluster.hardware import KNOWN_GPUS, Hardware, Machine
-from flm.cluster.plan import Plan, plan_cluster, plan_demands
-from flm.cluster.shapes import read_shapes
+from flm.cluster.planning.demand import Demand, rank_sizes
+from flm.cluster.planning.plan import Plan, plan_cluster, plan_demands
+from flm.cluster.planning.shapes import read_shapes
+from flm.cluster.settings.config import load_config
+from flm.cluster.settings.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.kernels.reference import ReferenceBackend
 from flm.worker.caches import block_bytes
 from flm.worker.checkpoint import open_checkpoint

@@ -9,9 +9,9 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 from small_vocabularies import byte_pairs, rank_file, sentencepiece_model, write
 
-from flm.cluster.chat_prompt import render_chat
-from flm.cluster.prompt_choice import BY_CHECKPOINT, RULES, PromptChoice, choose_template
-from flm.cluster.prompt_formats import FORMATS
+from flm.cluster.prompts.chat_prompt import render_chat
+from flm.cluster.prompts.prompt_choice import BY_CHECKPOINT, RULES, PromptChoice, choose_template
+from flm.cluster.prompts.prompt_formats import FORMATS
 from flm.worker.errors import ConfigError, InvalidRequest
 from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies import patterns

@@ -10,10 +10,10 @@ from functools import cache
 
 import pytest
 
-from flm.cluster.chat_prompt import render_chat
-from flm.cluster.prompt_choice import PromptChoice, choose_template
-from flm.cluster.prompt_formats import FORMATS
-from flm.cluster.templates import ChatTemplate
+from flm.cluster.prompts.chat_prompt import render_chat
+from flm.cluster.prompts.prompt_choice import PromptChoice, choose_template
+from flm.cluster.prompts.prompt_formats import FORMATS
+from flm.cluster.prompts.templates import ChatTemplate
 from flm.worker.errors import InvalidRequest
 from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.base import AddedToken, SplitVocabulary

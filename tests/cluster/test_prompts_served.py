@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fake_cluster import EOS, KEY, MAX_CONTEXT, MODEL, FakeCluster, byte_tokenizer
 
-from flm.cluster.async_client import AsyncClient
-from flm.cluster.client_request import Sampling
-from flm.cluster.gateway import Gateway, ServedModel
-from flm.cluster.prompt_choice import PromptChoice
+from flm.cluster.client.async_client import AsyncClient
+from flm.cluster.client.request import Sampling
+from flm.cluster.gateway.gateway import Gateway, ServedModel
+from flm.cluster.prompts.prompt_choice import PromptChoice
 
 TEXTS = ("<FLM_FIX_TOKEN_3>", "Q:", "\nA:", "<FLM_FIX_TOKEN_256>")
 

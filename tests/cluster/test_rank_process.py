@@ -13,9 +13,9 @@ import psutil
 import pytest
 from fake_host import FakeRank
 
-from flm.cluster.group import ReplicaGroup
-from flm.cluster.rank_process import RankProcess, sigkill
-from flm.cluster.ranks import RankReport
+from flm.cluster.control.group import ReplicaGroup
+from flm.cluster.control.ranks import RankReport
+from flm.cluster.replica.rank_process import RankProcess, sigkill
 from flm.worker.errors import RankFailed
 from flm.worker.rank import GroupSpec
 

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from flm.cluster.ray_head import RayHead, end_head, is_running
+from flm.cluster.launch.ray_head import RayHead, end_head, is_running
 
 # A session with two members that know the folder: one heeds SIGTERM, the other does not.
 SESSION = """

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm.cluster.reconcile import (
+from flm.cluster.control.reconcile import (
     GIVE_UP,
     MAX_QUICK,
     MAX_SILENCE,

@@ -9,10 +9,10 @@ import pytest
 import pytest_asyncio
 from fake_cluster import KEY, FakeReplica
 
-from flm.cluster.listen import MAX_MESSAGE
-from flm.cluster.replica_link import ReplicaLink
-from flm.cluster.replica_service import ReplicaServer
-from flm.cluster.router import ReplicaView
+from flm.cluster.gateway.replica_link import ReplicaLink
+from flm.cluster.gateway.router import ReplicaView
+from flm.cluster.replica.replica_service import ReplicaServer
+from flm.cluster.wire.listen import MAX_MESSAGE
 from flm.proto import flm_pb2
 from flm.worker.errors import Unavailable
 

@@ -1,6 +1,6 @@
 """Requests and events on the wire between gateway and replica."""
 
-from flm.cluster.replica_messages import FINISH, MAX_BYTES, to_frame, to_steps
+from flm.cluster.wire.replica_messages import FINISH, MAX_BYTES, to_frame, to_steps
 from flm.proto import flm_pb2
 from flm.worker.request import FinishReason, Timings, TokenEvent, TokenLogprobs
 

@@ -13,9 +13,9 @@ import pytest
 import pytest_asyncio
 from fake_cluster import KEY, streams_of
 
-from flm.cluster.grpc_errors import from_status_bytes
-from flm.cluster.replica_messages import call_metadata
-from flm.cluster.replica_service import ReplicaServer
+from flm.cluster.replica.replica_service import ReplicaServer
+from flm.cluster.wire.grpc_errors import from_status_bytes
+from flm.cluster.wire.replica_messages import call_metadata
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import InternalError, InvalidRequest, Overloaded
 from flm.worker.request import FinishReason, Request, TokenEvent

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from flm.cluster import resume
 from flm.cluster.client import AsyncClient, Sampling
-from flm.cluster.router import ReplicaRoute
+from flm.cluster.gateway import resume
+from flm.cluster.gateway.router import ReplicaRoute
 from flm.proto import flm_pb2
 from flm.worker.errors import Lost, Unavailable
 

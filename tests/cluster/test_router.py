@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flm.cluster.router import BLOCK_SIZE, ReplicaRoute, Router, block_hashes
+from flm.cluster.gateway.router import BLOCK_SIZE, ReplicaRoute, Router, block_hashes
 
 STATES = st.sampled_from(["ready", "ready", "ready", "loading", "draining", "failed"])
 PROMPTS = st.lists(st.integers(0, 3), max_size=5).map(

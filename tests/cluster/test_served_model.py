@@ -11,12 +11,12 @@ from fake_cluster import MODEL, byte_tokenizer
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 
-from flm.cluster.admission import admit
-from flm.cluster.config import parse_config
-from flm.cluster.prompt_choice import PromptChoice
-from flm.cluster.served_model import LoadedModel, ServedModel, Words, read_words, served_model
+from flm.cluster.gateway.admission import admit
+from flm.cluster.gateway.served_model import LoadedModel, ServedModel, Words, read_words, served_model
+from flm.cluster.prompts.prompt_choice import PromptChoice
+from flm.cluster.prompts.templates import ChatTemplate
+from flm.cluster.settings.config import parse_config
 from flm.cluster.state import ModelFacts
-from flm.cluster.templates import ChatTemplate
 from flm.proto import flm_pb2
 from flm.worker.errors import CheckpointError
 from flm.worker.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flm.cluster.shapes import Shapes, read_shapes
+from flm.cluster.planning.shapes import Shapes, read_shapes
 from flm.kernels.expert_ops import Routing
 
 YARN = {

@@ -4,9 +4,9 @@ import tracemalloc
 
 import pytest
 
-from flm.cluster import template_sandbox
-from flm.cluster.prompt_formats import CHATML
-from flm.cluster.templates import ChatTemplate
+from flm.cluster.prompts import template_sandbox
+from flm.cluster.prompts.prompt_formats import CHATML
+from flm.cluster.prompts.templates import ChatTemplate
 from flm.worker.errors import InvalidRequest
 
 HELLO = [{"role": "user", "content": "hello"}]

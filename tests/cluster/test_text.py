@@ -3,8 +3,8 @@
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flm.cluster.stops import StopMatcher
-from flm.cluster.text import TextStream
+from flm.cluster.gateway.stops import StopMatcher
+from flm.cluster.gateway.text import TextStream
 from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
 
 TEXT = "Grüße 😀 世界"

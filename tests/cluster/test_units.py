@@ -2,7 +2,7 @@
 
 import pytest
 
-from flm.cluster.units import format_count, parse_bytes
+from flm.cluster.settings.units import format_count, parse_bytes
 
 
 @pytest.mark.parametrize(

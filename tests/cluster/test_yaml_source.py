@@ -2,7 +2,7 @@
 
 import pytest
 
-from flm.cluster.yaml_source import lines_of, parse_yaml
+from flm.cluster.settings.yaml_source import lines_of, parse_yaml
 from flm.worker.errors import ConfigError
 
 LAUGHS = "a0: &a0 [lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))

@@ -16,8 +16,8 @@ import numpy as np
 import psutil
 from safetensors.numpy import save_file
 
-from flm.cluster.admin_client import AdminClient
 from flm.cluster.client import Client
+from flm.cluster.client.admin_client import AdminClient
 from flm.proto import flm_pb2
 from flm.worker.replica import IDLE_CHECK
 

@@ -14,7 +14,7 @@ from running_cluster import MODEL, Cluster
 from streams import Outcome, Streams
 
 from flm.cluster.client import Sampling
-from flm.cluster.replica_messages import call_metadata
+from flm.cluster.wire.replica_messages import call_metadata
 from flm.proto import flm_pb2, flm_pb2_grpc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]

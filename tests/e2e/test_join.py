@@ -10,7 +10,7 @@ import pytest
 from running_cluster import MODEL, Cluster, flm_cluster, free_address, of_session
 
 from flm.cluster.client import Sampling
-from flm.cluster.ray_head import RayHead, StartingHead, end_head, is_running
+from flm.cluster.launch.ray_head import RayHead, StartingHead, end_head, is_running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 OURS = ("RankActor", "GatewayActor", "ControllerActor")

@@ -11,7 +11,7 @@ from pathlib import Path
 from fake_cluster import KEY
 from fake_host import FakeGatewayLink, FakeHost
 
-from flm.cluster.controller import Controller
+from flm.cluster.control.controller import Controller
 from flm.cluster.state import Desired, ModelFacts
 
 GIB = 1 << 30

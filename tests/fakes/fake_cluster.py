@@ -13,10 +13,10 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-from flm.cluster.gateway import Gateway, ReplicaRoute
-from flm.cluster.prompt_formats import CHATML
-from flm.cluster.replica_service import ReplicaServer
-from flm.cluster.router import ReplicaView
+from flm.cluster.gateway.gateway import Gateway, ReplicaRoute
+from flm.cluster.gateway.router import ReplicaView
+from flm.cluster.prompts.prompt_formats import CHATML
+from flm.cluster.replica.replica_service import ReplicaServer
 from flm.worker.errors import InvalidRequest, Overloaded, Unavailable
 from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
 from flm.worker.scheduler import Load

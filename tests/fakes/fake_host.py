@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from fake_cluster import KEY, FakeReplica
 
-from flm.cluster.placement import Node
-from flm.cluster.rank_process import RankProcess
-from flm.cluster.ranks import Adopted, RankLink, RankReport
-from flm.cluster.router import ReplicaRoute
+from flm.cluster.control.placement import Node
+from flm.cluster.control.ranks import Adopted, RankLink, RankReport
+from flm.cluster.gateway.router import ReplicaRoute
+from flm.cluster.replica.rank_process import RankProcess
 from flm.worker.errors import CheckpointError
 from flm.worker.rank import GroupSpec
 

@@ -50,7 +50,7 @@ def test_special_tokens_map_fills_gaps(tmp_path: Path) -> None:
 
 def test_nothing_is_imported_before_it_is_needed() -> None:
     code = (
-        "import sys, flm.cluster.gateway_process, flm.worker.engine; "
+        "import sys, flm.cluster.gateway.gateway_process, flm.worker.engine; "
         "sys.exit(str({'tokenizers', 'sentencepiece', 'tiktoken'} & set(sys.modules) or ''))"
     )
     done = subprocess.run(

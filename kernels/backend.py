@@ -112,10 +112,14 @@ class SamplingBatch:
 
     @classmethod
     def drawing(cls, rows: int) -> SamplingBatch:
-        """Temperature 1 and every filter on, none of which removes much."""
+        """Temperature 1, every filter on, none of which removes much, and a penalty for token 0."""
         ones, few = np.ones(rows, np.float32), np.full(rows, 0.01, np.float32)
-        top_k = np.full(rows, 50, np.int32)
-        return replace(cls.greedy(rows), temperature_S=ones, top_k_S=top_k, top_p_S=1 - few, min_p_S=few)
+        top_k, counts = np.full(rows, 50, np.int32), np.arange(rows + 1, dtype=np.int32)
+        batch = replace(cls.greedy(rows), temperature_S=ones, top_k_S=top_k, top_p_S=1 - few, min_p_S=few)
+        tokens, seen = np.zeros(rows, np.int32), np.ones(rows, np.uint8)
+        return replace(
+            batch, presence_S=few, row_ptr=counts, token_ids=tokens, in_prompt=seen, output_count=tokens + 1
+        )
 
 
 class Backend(Protocol):

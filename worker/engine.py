@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from flm.kernels.cores import usable_cpus
 from flm.worker.adapter import AdapterSource
 from flm.worker.channel import FollowerChannel, LeaderChannel, NoFollowers, ThreadChannel
 from flm.worker.comm import LocalCommunicator, ThreadCommunicator
-from flm.worker.errors import AdapterNotFound, InvalidRequest, RankFailed
+from flm.worker.errors import AdapterNotFound, FlmError, InvalidRequest, RankFailed
 from flm.worker.paths import resolve_model_path
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
 from flm.worker.rank import GroupSpec, Rank
@@ -108,7 +109,7 @@ class Engine:
         self._each_rank(join)
         self.replica = self.ranks[0].replica
         self._threads = [
-            threading.Thread(target=rank.serve, name=f"rank-{rank.rank}", daemon=True)
+            threading.Thread(target=_follow, args=(rank,), name=f"rank-{rank.rank}", daemon=True)
             for rank in self.ranks[1:]
         ]
         for thread in self._threads:
@@ -264,3 +265,8 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _follow(rank: Rank) -> None:
+    with suppress(FlmError):  # which the leader was told, and tells whoever waits for a stream
+        rank.serve()

@@ -173,6 +173,7 @@ BROKEN_CONFIGS: list[tuple[dict[str, Any], str]] = [
         {"architectures": ["FooForCausalLM"], "auto_map": {"AutoModel": "foo.Foo"}},
         "the code that comes with the checkpoint (auto_map) is never run",
     ),
+    ({"rope_parameters": {"rope_theta": 1}}, "rope_theta: a number > 1 expected, found 1"),
     ({"hidden_size": "absent"}, "hidden_size is missing; a whole number >= 1 expected"),
     ({"hidden_size": "64"}, "hidden_size: a whole number >= 1 expected, found '64'"),
     ({"hidden_size": 2**31}, "hidden_size: at most 2147483647 expected, found 2147483648"),

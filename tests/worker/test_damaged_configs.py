@@ -61,6 +61,12 @@ def test_any_value_of_any_field_is_read_or_refused(tmp_path: Path, name: str) ->
     assert all(answer.startswith(f"{file}: ") for answer in refused)
 
 
+def test_all_of_a_latents_key_rotates(tmp_path: Path) -> None:
+    raw = json.loads((GOLDEN / "deepseek_v3" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"partial_rotary_factor": 0.5}))
+    assert "all 8 values of the latent's key expected to rotate, found 4" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("method", PACKINGS)
 def test_any_value_of_any_field_of_a_packing(tmp_path: Path, method: str) -> None:
     path = tmp_path / "config.json"

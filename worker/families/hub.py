@@ -128,6 +128,11 @@ def validated(config: ModelConfig, fields: Fields) -> ModelConfig:
             f"an even rotary size of at most {a.head_dim} (the head size) expected, found {r.rotary_dim}",
         ),
         (
+            a.latent is not None and r.rotary_dim != a.latent.rotary,
+            f"all {a.latent.rotary if a.latent else 0} values of the latent's key expected to rotate, found {r.rotary_dim}",
+        ),
+        (r.theta <= 1, f"rope_theta: a number > 1 expected, found {r.theta:g}"),
+        (
             r.scaling == "llama3" and r.low_freq_factor >= r.high_freq_factor,
             f"rope scaling: low_freq_factor {r.low_freq_factor} must be below {r.high_freq_factor}, high_freq_factor",
         ),

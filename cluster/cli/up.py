@@ -74,7 +74,7 @@ def _start(checked: Checked, console: Console) -> Endpoint:
         plan.require_servable()
         if head is not None:
             head.go()
-        if launch.needs_compiling():
+        if launch.computes_on_cpus(plan) and launch.needs_compiling():
             with console.status("Compiling the CPU kernels: up to a minute, once per machine and version"):
                 launch.compile_kernels()
         with console.status("Starting Ray"):

@@ -29,6 +29,11 @@ if sys.stdin.readline() == "go\\n":
 """
 
 
+def computes_on_cpus(plan: Plan) -> bool:
+    """Whether any rank is to run on a CPU; those on GPUs compile what they need while they load."""
+    return any(model.device == "cpu" for model in plan.models)
+
+
 def needs_compiling() -> bool:
     """Whether the CPU kernels of this version are still to be compiled: half a minute, once."""
     from flm.kernels.cpu.configure import is_cached

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from shard_layers import layer_of
 
+from flm.cluster.launch.launch import computes_on_cpus
 from flm.cluster.planning.demand import Demand, rank_sizes
 from flm.cluster.planning.plan import Plan, plan_cluster, plan_demands
 from flm.cluster.planning.shapes import read_shapes
@@ -266,3 +267,9 @@ def test_the_ranks_of_a_replica_stay_on_one_node() -> None:
     )
     text = problems(plan_demands([demand], replace(LAPTOP, no_gpus="no NVIDIA driver is loaded")))
     assert "short of 2 GPUs; 2 needed, 0 free of 0 (no NVIDIA driver is loaded)" in text
+
+
+def test_kernels_for_cpus_are_wanted_by_ranks_on_cpus_only() -> None:
+    on_cpu = plan_demands([Demand("m", SMOL, max_context=1024)], LAPTOP)
+    on_gpu = plan_demands([Demand("m", SMOL, "cuda", max_context=1024)], gpu_host(1))
+    assert computes_on_cpus(on_cpu) and not computes_on_cpus(on_gpu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import signal
 import tempfile
 import threading
 
@@ -20,10 +21,18 @@ COMPILING = "FLM_TEST_COMPILING"  # names a file that is locked while the CPU ke
 
 def pytest_configure(config: pytest.Config) -> None:
     """Runs in the process that hands out the tests before it starts those that run them, which inherit its environment."""
+    _heed_interrupts()
     if getattr(config.option, "numprocesses", None):
         os.environ |= {"OPENBLAS_NUM_THREADS": "1"}
         if needs_compiling():
             _compile_beside()
+
+
+def _heed_interrupts() -> None:
+    """Commands inherit what nohup or a script's `&` ignores, and tests interrupt them."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def _compile_beside() -> None:

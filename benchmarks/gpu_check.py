@@ -1,4 +1,4 @@
-"""Everything that can be said of this project on a machine with a GPU, in one go and under eight minutes.
+"""Everything that can be said of this project on a machine with a GPU, in one go; meant to take under eight minutes.
 
     PYTHONPATH=.typing python benchmarks/gpu_check.py [--only tests,sanitizer,speed]
 

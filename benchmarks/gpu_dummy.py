@@ -19,14 +19,14 @@ from flm.kernels.cuda.grouped import CudaGroup
 from flm.kernels.cuda.pack import STEPS, CudaMatrix
 from flm.kernels.expert_ops import Routing
 from flm.kernels.quant import QuantizedMatrix
-from flm.worker.caches import make_caches
 from flm.worker.canonical import EMBEDDING, EXACT, LM_HEAD, decoder_tensors
-from flm.worker.comm import LocalCommunicator
+from flm.worker.communication.comm import LocalCommunicator
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, ShardSpec, Span
 from flm.worker.config_parts import ExpertsConfig, LatentConfig, NormConfig, RopeConfig
+from flm.worker.execution.caches import make_caches
+from flm.worker.execution.model import Decoder
 from flm.worker.layers.experts import Experts
 from flm.worker.layers.loading import StepInputs
-from flm.worker.model import Decoder
 
 Array = Any
 Call = Callable[[], None]

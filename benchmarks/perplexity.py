@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.worker import Engine
-from flm.worker.checkpoint import Checkpoint, open_checkpoint
-from flm.worker.convert import convert
-from flm.worker.paths import resolve_model_path
-from flm.worker.safetensors_writer import SafetensorsWriter
+from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.conversion.convert import convert
+from flm.worker.files.paths import resolve_model_path
+from flm.worker.files.safetensors_writer import SafetensorsWriter
 from flm.worker.vocabularies.files import load_tokenizer
 
 PASSAGES = Path(__file__).parent / "data" / "passages.txt"

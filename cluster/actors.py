@@ -30,7 +30,7 @@ from flm.cluster.settings.config import is_loopback
 from flm.cluster.state import ClusterSpec
 from flm.cluster.wire.loop_thread import LoopThread
 from flm.worker.errors import Unavailable
-from flm.worker.rank import GroupSpec
+from flm.worker.group.rank import GroupSpec
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent / "worker"))
 
 from llama_reference import LlamaReference, from_gguf
 
-from flm.worker.paths import resolve_model_path
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.files.paths import resolve_model_path
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 MARGIN, FEWEST, MOST, WANTED = 0.05, 24, 32, 10
 TARGET = Path(__file__).parent / "data" / "smollm2_greedy.json"

@@ -26,17 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.cores import usable_cpus
-from flm.worker.adapter import AdapterSource
-from flm.worker.channel import FollowerChannel, LeaderChannel, NoFollowers, ThreadChannel
-from flm.worker.comm import LocalCommunicator, ThreadCommunicator
+from flm.worker.adapters.adapter import AdapterSource
+from flm.worker.communication.channel import FollowerChannel, LeaderChannel, NoFollowers, ThreadChannel
+from flm.worker.communication.comm import LocalCommunicator, ThreadCommunicator
 from flm.worker.errors import AdapterNotFound, FlmError, InvalidRequest, RankFailed
-from flm.worker.paths import resolve_model_path
+from flm.worker.files.paths import resolve_model_path
+from flm.worker.group.rank import GroupSpec, Rank
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
-from flm.worker.rank import GroupSpec, Rank
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 
 if TYPE_CHECKING:
-    from flm.worker.tokenizer import Tokenizer
+    from flm.worker.vocabularies.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 T = TypeVar("T")

@@ -37,8 +37,8 @@ def convert(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from flm.worker.adapter_convert import resolve_source
-    from flm.worker.convert import convert as run
+    from flm.worker.conversion.adapter import resolve_source
+    from flm.worker.conversion.convert import convert as run
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

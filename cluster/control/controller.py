@@ -39,7 +39,7 @@ from flm.cluster.control.route_feed import RouteFeed
 from flm.cluster.settings.config import ClusterConfig, ModelSection, parse_config
 from flm.cluster.state import Desired, load_desired, save_desired
 from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
-from flm.worker.rank import GroupSpec
+from flm.worker.group.rank import GroupSpec
 
 log = logging.getLogger(__name__)
 

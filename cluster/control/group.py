@@ -20,7 +20,7 @@ from flm.cluster.settings.units import format_bytes
 from flm.cluster.wire.listen import CHANNEL_OPTIONS
 from flm.cluster.wire.replica_messages import call_metadata
 from flm.proto import flm_pb2, flm_pb2_grpc
-from flm.worker.rank import GroupSpec
+from flm.worker.group.rank import GroupSpec
 
 log = logging.getLogger(__name__)
 

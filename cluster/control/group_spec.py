@@ -9,8 +9,8 @@ from pathlib import Path
 from flm.cluster.control.placement import Group
 from flm.cluster.settings.config import ClusterConfig, ModelSection
 from flm.cluster.state import ModelFacts
-from flm.worker.device_cache import Planned
-from flm.worker.rank import GroupSpec
+from flm.worker.execution.device_cache import Planned
+from flm.worker.group.rank import GroupSpec
 
 
 def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root: Path) -> GroupSpec:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from flm.cluster.control.placement import Node
 from flm.cluster.gateway.router import ReplicaRoute
-from flm.worker.rank import GroupSpec
+from flm.worker.group.rank import GroupSpec
 
 log = logging.getLogger(__name__)
 

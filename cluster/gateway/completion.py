@@ -12,7 +12,7 @@ from flm.cluster.gateway.served_model import LoadedModel
 from flm.cluster.gateway.stops import StopMatcher
 from flm.cluster.gateway.text import TextStream
 from flm.proto import flm_pb2
-from flm.worker.tokenizer import IncrementalDecoder
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder
 
 Write = Callable[[flm_pb2.GenerateFrame], Awaitable[None]]
 

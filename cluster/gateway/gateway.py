@@ -21,8 +21,8 @@ from flm.cluster.gateway.served_model import LoadedModel, ServedModel, Words, re
 from flm.cluster.wire.listen import Tls, bind_within, create_server
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import ConfigError, ModelNotFound
-from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 __all__ = ["Gateway", "ReplicaRoute", "ServedModel", "Tls"]
 

@@ -17,9 +17,9 @@ from flm.cluster.settings.config import ModelSection
 from flm.cluster.state import ModelFacts
 from flm.proto import flm_pb2
 from flm.worker.errors import AdapterNotFound
-from flm.worker.paths import resolve_model_path
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.files.paths import resolve_model_path
 from flm.worker.vocabularies.files import checked, load_tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flm.cluster.gateway.stops import StopMatcher
-from flm.worker.tokenizer import IncrementalDecoder
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder
 
 
 @dataclass(slots=True)

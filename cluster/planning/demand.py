@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from flm.cluster.planning.shapes import Shapes
 from flm.kernels.cuda import step_calls
 from flm.kernels.staging import HostMemory
-from flm.worker.adapter import AdapterSource
-from flm.worker.caches import block_bytes
+from flm.worker.adapters.adapter import AdapterSource
 from flm.worker.config import ShardSpec
-from flm.worker.device_cache import HOST_KV_BYTES
 from flm.worker.errors import ConfigError
+from flm.worker.execution.caches import block_bytes
+from flm.worker.execution.device_cache import HOST_KV_BYTES
 
 # Code, activations and logits of one rank; on a GPU also the context and captured graphs.
 RUNTIME_BYTES = {"cpu": 250 << 20, "cuda": 3 << 30}

@@ -20,8 +20,8 @@ from flm.cluster.settings.config import ClusterConfig, ModelSection
 from flm.cluster.settings.hardware import Hardware, measure_hardware, named_hardware
 from flm.cluster.settings.units import format_bytes, format_count
 from flm.cluster.state import ModelFacts
-from flm.worker.device_support import missing_on_gpus
 from flm.worker.errors import CheckpointError, ConfigError, DoesNotFit
+from flm.worker.execution.device_support import missing_on_gpus
 
 COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s")
 

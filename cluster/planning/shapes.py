@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flm.worker.adapter import Adapter, AdapterSource, open_adapters
+from flm.worker.adapters.adapter import Adapter, AdapterSource, open_adapters
 from flm.worker.canonical import EMBEDDING, decoder_tensors
-from flm.worker.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.checkpoints.weights import shard_spec
 from flm.worker.config import ModelConfig, ShardSpec
 from flm.worker.families import registry
-from flm.worker.families.fields import read_json
-from flm.worker.paths import resolve_model_path
-from flm.worker.precision import parse_quantization
-from flm.worker.tensor_source import Storage
-from flm.worker.weights import shard_spec
+from flm.worker.files.json_fields import read_json
+from flm.worker.files.paths import resolve_model_path
+from flm.worker.tensors.precision import parse_quantization
+from flm.worker.tensors.tensor_source import Storage
 
 FLOAT_BITS = {"float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
 

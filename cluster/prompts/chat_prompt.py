@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from flm.cluster.prompts.templates import FIX_TOKEN, SEPARATE, ChatTemplate
 from flm.worker.errors import InvalidRequest
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 # Stand-ins come from the private use planes: U+F0000 to U+FFFFD and U+100000 to U+10FFFD.
 _PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))

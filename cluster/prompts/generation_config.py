@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flm.worker.errors import InvalidRequest
-from flm.worker.families.fields import Fields, read_json
+from flm.worker.files.json_fields import Fields, read_json
 from flm.worker.request import SamplingParams
 
 FILE = "generation_config.json"

@@ -13,9 +13,9 @@ from pathlib import Path
 from flm.cluster.prompts.prompt_formats import FORMATS, PromptFormat, rounds
 from flm.cluster.prompts.templates import FIX_TOKEN, ChatTemplate
 from flm.worker.errors import ConfigError, FlmError
-from flm.worker.families.fields import Fields, read_json
-from flm.worker.gguf_file import GGUFFile
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.files.gguf_file import GGUFFile
+from flm.worker.files.json_fields import Fields, read_json
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 TEXTS = ("pre_prompt", "user_role", "bot_role", "history_sep")  # fastllm's
 

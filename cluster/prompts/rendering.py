@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from flm.cluster.prompts.chat_prompt import ChatPrompt, render_chat
 from flm.cluster.prompts.templates import ChatTemplate
 from flm.worker.errors import Overloaded
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 MAX_WAITING = 64  # conversations of one model, the one that is being rendered included
 

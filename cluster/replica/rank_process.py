@@ -15,7 +15,7 @@ import psutil
 from flm.cluster.control.ranks import RankReport
 from flm.kernels.errors import KernelError
 from flm.worker.errors import FlmError
-from flm.worker.rank import GroupSpec
+from flm.worker.group.rank import GroupSpec
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ LOOK = 0.1  # seconds between looks at the leader's state
 
 
 class ServedRank(Protocol):
-    """flm.worker.rank.Rank, or a stand-in of tests."""
+    """flm.worker.group.rank.Rank, or a stand-in of tests."""
 
     def load(self, on_progress: Callable[[float], None]) -> None: ...
     def connect(self, timeout: float) -> None: ...
@@ -131,7 +131,7 @@ class RankProcess:
 
 
 def _real_rank(spec: GroupSpec, rank: int) -> ServedRank:
-    from flm.worker.rank import Rank  # numba and the weights' formats: a second of importing
+    from flm.worker.group.rank import Rank  # numba and the weights' formats: a second of importing
 
     Path(spec.run_dir).mkdir(parents=True, exist_ok=True)
     return Rank(spec, rank)

@@ -29,7 +29,7 @@ MAX_FRAMES = 8000  # frames per second that one gateway's event loop can send
 
 
 class ServedReplica(Protocol):
-    """What is served: `flm.worker.replica.Replica`, or a stand-in of tests."""
+    """What is served: `flm.worker.group.replica.Replica`, or a stand-in of tests."""
 
     @property
     def state(self) -> str: ...

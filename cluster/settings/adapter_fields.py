@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from pydantic import WithJsonSchema as JsonSchema
 
 from flm.cluster.settings.names import Name
-from flm.worker.adapter import AdapterSource
+from flm.worker.adapters.adapter import AdapterSource
 
 
 class AdapterSection(BaseModel):

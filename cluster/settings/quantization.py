@@ -8,7 +8,7 @@ from pydantic import AfterValidator
 from pydantic import WithJsonSchema as JsonSchema
 
 from flm.worker.errors import ConfigError
-from flm.worker.precision import QUANTIZATION_PATTERN, parse_quantization
+from flm.worker.tensors.precision import QUANTIZATION_PATTERN, parse_quantization
 
 
 def _known(value: str) -> str:

@@ -9,7 +9,7 @@ import pytest_asyncio
 from fake_cluster import KEY, MAX_CONTEXT, MODEL, FakeCluster, byte_tokenizer, expected_tokens, streams_of
 
 from flm.cluster.gateway.gateway import Gateway, ServedModel
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 StartCluster = Callable[..., Awaitable[FakeCluster]]
 

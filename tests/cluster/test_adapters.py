@@ -18,7 +18,7 @@ from flm.cluster.planning.shapes import read_shapes
 from flm.cluster.settings.config import parse_config
 from flm.cluster.settings.hardware import Hardware, Machine
 from flm.cluster.state import ModelFacts
-from flm.worker.adapter import AdapterSource
+from flm.worker.adapters.adapter import AdapterSource
 from flm.worker.errors import AdapterNotFound, ConfigError
 
 Start = Callable[..., Awaitable[Any]]

@@ -28,7 +28,7 @@ from flm.worker.errors import (
     Unauthenticated,
     Unavailable,
 )
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 Start = Callable[..., Awaitable[Any]]
 DATA = Path(__file__).parents[1] / "data"

@@ -17,8 +17,8 @@ from flm.cluster.planning.plan import plan_demands
 from flm.cluster.planning.shapes import read_shapes
 from flm.cluster.settings.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.kernels.cuda.inventory import VisibleGpu, gpus_of
-from flm.worker.device_support import missing_on_gpus
 from flm.worker.errors import ConfigError, DoesNotFit
+from flm.worker.execution.device_support import missing_on_gpus
 
 GIB = 1 << 30
 

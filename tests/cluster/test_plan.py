@@ -23,12 +23,12 @@ from flm.cluster.planning.shapes import read_shapes
 from flm.cluster.settings.config import load_config
 from flm.cluster.settings.hardware import KNOWN_GPUS, Hardware, Machine
 from flm.kernels.reference import ReferenceBackend
-from flm.worker.caches import block_bytes
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
+from flm.worker.checkpoints.weights import load_weights, shard_spec
 from flm.worker.errors import CheckpointError, ConfigError, DoesNotFit
-from flm.worker.paths import resolve_model_path
-from flm.worker.rank import GroupSpec, Rank
-from flm.worker.weights import load_weights, shard_spec
+from flm.worker.execution.caches import block_bytes
+from flm.worker.files.paths import resolve_model_path
+from flm.worker.group.rank import GroupSpec, Rank
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"

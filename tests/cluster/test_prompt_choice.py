@@ -13,9 +13,9 @@ from flm.cluster.prompts.chat_prompt import render_chat
 from flm.cluster.prompts.prompt_choice import BY_CHECKPOINT, RULES, PromptChoice, choose_template
 from flm.cluster.prompts.prompt_formats import FORMATS
 from flm.worker.errors import ConfigError, InvalidRequest
-from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies import patterns
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 ASKED = [{"role": "user", "content": "the cat sat"}]
 TWICE = [*ASKED, {"role": "assistant", "content": "on the mat"}, {"role": "user", "content": "and the dog"}]

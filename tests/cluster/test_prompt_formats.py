@@ -15,8 +15,8 @@ from flm.cluster.prompts.prompt_choice import PromptChoice, choose_template
 from flm.cluster.prompts.prompt_formats import FORMATS
 from flm.cluster.prompts.templates import ChatTemplate
 from flm.worker.errors import InvalidRequest
-from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.base import AddedToken, SplitVocabulary
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 MARKS = [
     "<s>",

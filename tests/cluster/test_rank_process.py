@@ -17,7 +17,7 @@ from flm.cluster.control.group import ReplicaGroup
 from flm.cluster.control.ranks import RankReport
 from flm.cluster.replica.rank_process import RankProcess, sigkill
 from flm.worker.errors import RankFailed
-from flm.worker.rank import GroupSpec
+from flm.worker.group.rank import GroupSpec
 
 SPEC = GroupSpec("m-0", "m", "/nowhere", tensor_parallel=2)
 

@@ -19,7 +19,7 @@ from flm.cluster.wire.replica_messages import call_metadata
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import InternalError, InvalidRequest, Overloaded
 from flm.worker.request import FinishReason, Request, TokenEvent
-from flm.worker.scheduler import Load
+from flm.worker.scheduling.scheduler import Load
 
 METADATA = call_metadata(KEY, "r-1")
 Events = Callable[[list[TokenEvent]], None]

@@ -19,8 +19,8 @@ from flm.cluster.settings.config import parse_config
 from flm.cluster.state import ModelFacts
 from flm.proto import flm_pb2
 from flm.worker.errors import CheckpointError
-from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.library import LibraryVocabulary
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 
 def loaded(tokenizer: Tokenizer, *eos: int, template: ChatTemplate | None = None) -> LoadedModel:

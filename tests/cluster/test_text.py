@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from flm.cluster.gateway.stops import StopMatcher
 from flm.cluster.gateway.text import TextStream
-from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder, Tokenizer
 
 TEXT = "Grüße 😀 世界"
 

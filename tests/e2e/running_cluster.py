@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from flm.cluster.client import Client
 from flm.cluster.client.admin_client import AdminClient
 from flm.proto import flm_pb2
-from flm.worker.replica import IDLE_CHECK
+from flm.worker.group.replica import IDLE_CHECK
 
 MODEL, ADAPTER = "smollm2", "story"
 

@@ -19,9 +19,9 @@ from flm.cluster.prompts.prompt_formats import CHATML
 from flm.cluster.replica.replica_service import ReplicaServer
 from flm.worker.errors import InvalidRequest, Overloaded, Unavailable
 from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
-from flm.worker.scheduler import Load
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.scheduling.scheduler import Load
 from flm.worker.vocabularies.library import LibraryVocabulary
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 CORPUS = "Grüße aus Köln! 世界 is wide — 😀 and «more» to say; żółw, naïve café.\n".encode()
 EOS = 256

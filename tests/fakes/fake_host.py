@@ -14,7 +14,7 @@ from flm.cluster.control.ranks import Adopted, RankLink, RankReport
 from flm.cluster.gateway.router import ReplicaRoute
 from flm.cluster.replica.rank_process import RankProcess
 from flm.worker.errors import CheckpointError
-from flm.worker.rank import GroupSpec
+from flm.worker.group.rank import GroupSpec
 
 
 class FakeRank:

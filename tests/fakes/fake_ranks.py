@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from flm.worker.blocks import BlockPool
 from flm.worker.plan import NewSequence, Sampled, StepPlan, StepResult, decode_plan, encode_plan
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
-from flm.worker.scheduler import Limits, Scheduler
+from flm.worker.scheduling.blocks import BlockPool
+from flm.worker.scheduling.scheduler import Limits, Scheduler
 
 VOCAB, EOS, SIZE = 40, 0, 4
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from fake_ranks import World, undisturbed
 
+from flm.worker.group.replica import Replica
 from flm.worker.plan import StepPlan, StepResult
-from flm.worker.replica import Replica
 from flm.worker.request import Request, SamplingParams, TokenEvent
 
 

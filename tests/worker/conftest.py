@@ -9,9 +9,9 @@ from gguf import GGUFReader
 from gguf_vocabularies import sentencepiece_gguf
 from replica_bench import Bench
 
-from flm.worker.paths import resolve_model_path
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.files.paths import resolve_model_path
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

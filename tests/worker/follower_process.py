@@ -3,7 +3,7 @@
 import json
 import sys
 
-from flm.worker.rank import GroupSpec, Rank
+from flm.worker.group.rank import GroupSpec, Rank
 
 if __name__ == "__main__":
     rank = Rank(GroupSpec(**json.loads(sys.argv[1])), int(sys.argv[2]))

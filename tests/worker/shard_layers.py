@@ -8,10 +8,10 @@ from typing import Any, cast
 from flm.kernels.quant import QuantizedMatrix
 from flm.kernels.reference import ReferenceBackend
 from flm.worker.canonical import layer_prefix
+from flm.worker.checkpoints.weights import ModelWeights
 from flm.worker.layers.attention import Attention, Rotary
 from flm.worker.layers.feed_forward import FeedForward
 from flm.worker.layers.loading import Loading, Workspace
-from flm.worker.weights import ModelWeights
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import sentencepiece
 from tokenizers import Regex, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
 
-from flm.worker.token_bytes import byte_level_alphabet
+from flm.worker.vocabularies.token_bytes import byte_level_alphabet
 
 SENTENCES = [
     "the cat sat on the mat and the dog sat on the cat",

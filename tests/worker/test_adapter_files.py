@@ -13,13 +13,13 @@ from adapter_writer import GOLDEN, Factors, random_factors, write_adapter
 from safetensors.numpy import load_file, save_file
 from torch_writer import write_torch
 
-from flm.worker.adapter import Adapter, AdapterSource, open_adapters
-from flm.worker.adapter_file import WEIGHTS_NAME
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.adapters.adapter import Adapter, AdapterSource, open_adapters
+from flm.worker.adapters.file import WEIGHTS_NAME
+from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.config import ShardSpec
-from flm.worker.convert import convert
+from flm.worker.conversion.convert import convert
 from flm.worker.errors import CheckpointError, ConfigError
-from flm.worker.paths import resolve_model_path
+from flm.worker.files.paths import resolve_model_path
 
 RANKS = {"q_proj": 4, "down_proj": 2}
 LLAMA = GOLDEN / "llama31"

@@ -13,8 +13,8 @@ from gguf_writer import gguf_from_directory
 from llama_reference import from_directory
 
 from flm.worker import Engine, SamplingParams
-from flm.worker.caches import block_bytes
 from flm.worker.errors import AdapterNotFound
+from flm.worker.execution.caches import block_bytes
 
 QKV = {"q_proj": 3, "k_proj": 5, "v_proj": 2}
 MLP = {"gate_proj": 4, "up_proj": 8, "down_proj": 6}

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from flm.worker.blocks import BlockPool, BlockTable, block_digest, root_digest
+from flm.worker.scheduling.blocks import BlockPool, BlockTable, block_digest, root_digest
 
 SIZE = 4
 

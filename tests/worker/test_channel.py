@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from flm.worker import channel
-from flm.worker.channel import ThreadChannel, ZmqFollowerChannel, ZmqLeaderChannel
+from flm.worker.communication import channel
+from flm.worker.communication.channel import ThreadChannel, ZmqFollowerChannel, ZmqLeaderChannel
 from flm.worker.errors import RankFailed
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
 from flm.worker.request import SamplingParams

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from flm.kernels.quant import bfloat16_bits
 from flm.worker.canonical import decoder_tensors
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.config import RopeConfig, Span
 from flm.worker.errors import CheckpointError
-from flm.worker.rope import inverse_frequencies
+from flm.worker.layers.rope import inverse_frequencies
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 NAMES = ("llama2", "llama31", "llama_linear", "internlm1_as_llama")

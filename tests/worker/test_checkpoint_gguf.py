@@ -16,11 +16,11 @@ from llama_reference import gguf_weights, scaled_frequencies
 from safetensors.numpy import load_file
 
 from flm.worker.canonical import decoder_tensors
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.paths import resolve_model_path
-from flm.worker.rope import inverse_frequencies
+from flm.worker.files.paths import resolve_model_path
+from flm.worker.layers.rope import inverse_frequencies
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 

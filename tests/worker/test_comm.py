@@ -17,7 +17,7 @@ from flm.kernels.backend import Backend
 from flm.kernels.cpu.backend import CpuBackend, warm
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout
 from flm.kernels.reference import ReferenceBackend
-from flm.worker.comm import (
+from flm.worker.communication.comm import (
     Communicator,
     GroupCommunicator,
     LocalCommunicator,

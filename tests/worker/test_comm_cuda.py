@@ -19,9 +19,9 @@ from fake_nccl import BROKEN, REMOTE, FakeNccl
 from flm.kernels.cuda.all_reduce import kernels
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.errors import CollectiveAborted, CollectiveFailed, CollectiveTimeout, UnsupportedDevice
-from flm.worker.comm import ThreadCommunicator
-from flm.worker.comm_cuda import CudaCommunicator
-from flm.worker.watchdog import GRACE, Watchdog
+from flm.worker.communication.comm import ThreadCommunicator
+from flm.worker.communication.comm_cuda import CudaCommunicator
+from flm.worker.communication.watchdog import GRACE, Watchdog
 
 WORLD = 3
 WIDTHS = (5, 1, 8)

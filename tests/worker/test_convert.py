@@ -19,10 +19,10 @@ from torch_writer import write_torch_directory
 
 from flm.kernels.quant import QuantizedMatrix, quantize
 from flm.worker import Engine
-from flm.worker.checkpoint import open_checkpoint
-from flm.worker.convert import convert
+from flm.worker.checkpoints.checkpoint import open_checkpoint
+from flm.worker.checkpoints.weights import shard_spec
+from flm.worker.conversion.convert import convert
 from flm.worker.errors import CheckpointError, ConfigError
-from flm.worker.weights import shard_spec
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 IDS = np.random.default_rng(0).integers(0, 96, 30).tolist()
@@ -98,7 +98,7 @@ def test_rounding_at_load_moves_logits_little(quantization: str, most: float) ->
 
 
 def test_weights_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flm.worker.prepare.FILE_BYTES", 60_000)
+    monkeypatch.setattr("flm.worker.conversion.prepare.FILE_BYTES", 60_000)
     converted(GOLDEN / "llama2", tmp_path / "m", "int4")
     assert len(list((tmp_path / "m").glob("model-*-of-*.safetensors"))) > 2
     np.testing.assert_array_equal(logits(tmp_path / "m"), logits(GOLDEN / "llama2", quantization="int4"))
@@ -151,7 +151,7 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from flm.worker.convert import convert
+from flm.worker.conversion.convert import convert
 
 def wait(fraction):
     print("writing", flush=True)

@@ -13,10 +13,11 @@ from emulated_group import EmulatedGroup
 from emulator import EmulatedDevice
 
 from flm.kernels.cuda.backend import CudaBackend
-from flm.worker import Engine, SamplingParams, rank
+from flm.worker import Engine, SamplingParams
 from flm.worker import engine as engine_module
-from flm.worker.comm_cuda import CudaCommunicator
+from flm.worker.communication.comm_cuda import CudaCommunicator
 from flm.worker.errors import BackendUnavailable, InvalidRequest
+from flm.worker.group import rank
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 TOLERANCE = {"bfloat16": 0.03, "float16": 4e-3}  # of the largest logit

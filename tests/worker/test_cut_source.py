@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from flm.worker.checkpoint import open_checkpoint
-from flm.worker.convert import convert
+from flm.worker.checkpoints.checkpoint import open_checkpoint
+from flm.worker.conversion.convert import convert
 from flm.worker.errors import CheckpointError
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

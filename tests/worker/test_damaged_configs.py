@@ -13,7 +13,7 @@ import pytest
 
 from flm.worker.errors import CheckpointError
 from flm.worker.families import registry
-from flm.worker.families.fields import read_json
+from flm.worker.files.json_fields import read_json
 from flm.worker.packing.config import read_packing
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flm.worker import Engine, SamplingParams, TokenEvent
-from flm.worker.caches import block_bytes
+from flm.worker.execution.caches import block_bytes
 
 MODEL = Path(__file__).parent.parent / "data" / "golden" / "llama31"
 CONTEXT, BLOCKS = 64, 4  # what one sequence can fill alone

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from flm.worker import Engine, SamplingParams
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
+from flm.worker.checkpoints.weights import shard_spec
 from flm.worker.config import ShardSpec, Span
-from flm.worker.convert import convert
+from flm.worker.conversion.convert import convert
 from flm.worker.errors import BackendUnavailable, CheckpointError, ConfigError
 from flm.worker.layers.experts import expert_ops
 from flm.worker.layers.latent_attention import latent_ops
-from flm.worker.weights import shard_spec
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 MODELS = ["deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "qwen2_moe", "qwen3_moe"]
@@ -110,7 +110,7 @@ def test_every_rank_counts_every_tokens_experts() -> None:
 
 
 def test_each_rank_reads_its_own_experts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flm.worker.tensor_source import SafetensorsSource
+    from flm.worker.tensors.tensor_source import SafetensorsSource
 
     read: set[str] = set()
     matrix = SafetensorsSource.matrix
@@ -119,7 +119,7 @@ def test_each_rank_reads_its_own_experts_alone(monkeypatch: pytest.MonkeyPatch) 
         "matrix",
         lambda self, name, *spans: (read.add(name), matrix(self, name, *spans))[1],
     )
-    from flm.worker.rank import GroupSpec, Rank
+    from flm.worker.group.rank import GroupSpec, Rank
 
     path = str(GOLDEN / "qwen3_moe")
     for number, own in enumerate([{0, 1, 2}, {3, 4, 5}, {6, 7}]):

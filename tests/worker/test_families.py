@@ -14,12 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from flm.kernels.quant import from_float, quantize
 from flm.worker import Engine
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.config import ModelConfig
 from flm.worker.errors import CheckpointError
 from flm.worker.families.registry import FAMILIES, read_config
-from flm.worker.positions import alibi_slopes, logn_scales
-from flm.worker.recipe import Recipe, interleaved, unit_rows
+from flm.worker.layers.positions import alibi_slopes, logn_scales
+from flm.worker.tensors.recipe import Recipe, interleaved, unit_rows
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 F64 = NDArray[np.float64]

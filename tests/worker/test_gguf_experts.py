@@ -17,11 +17,11 @@ from gguf_writer import TOP, add_matrix, write
 from safetensors.numpy import load_file
 
 from flm.worker import Engine
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.errors import CheckpointError
-from flm.worker.families.fields import Fields
 from flm.worker.families.gguf_experts import experts
-from flm.worker.gguf_file import GGUFTensor
+from flm.worker.files.gguf_file import GGUFTensor
+from flm.worker.files.json_fields import Fields
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 NAMES = {

@@ -13,7 +13,7 @@ from gguf import GGUFWriter
 from gguf_writer import NAMES, TOP, add_matrix, interleaved, write
 
 from flm.worker import Engine
-from flm.worker.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 PAIRS = ("llama", "internlm2", "baichuan", "xverse", "minicpm", "granite", "chatglm")
@@ -126,7 +126,7 @@ def test_baichuan_of_forty_layers_has_alibi(tmp_path: Path) -> None:
     path = gguf_of("baichuan2_13b", "baichuan", tmp_path / "m.gguf", nothing)
     assert not open_checkpoint(path).config.attention.alibi  # three layers
     from flm.worker.families import gguf
-    from flm.worker.gguf_file import GGUFFile
+    from flm.worker.files.gguf_file import GGUFFile
 
     file = GGUFFile(path)
     assert gguf.read_config(file).layers == 3

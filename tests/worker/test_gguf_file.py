@@ -15,11 +15,11 @@ from gguf_writer import add_matrix, gguf_from_directory, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.gguf_file import GGUFFile
-from flm.worker.paths import resolve_model_path
+from flm.worker.files.gguf_file import GGUFFile
+from flm.worker.files.paths import resolve_model_path
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 

@@ -10,8 +10,8 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from small_vocabularies import SENTENCES, sentencepiece_model, write
 
 from flm.worker.errors import CheckpointError
-from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder, Tokenizer
 
 MODEL = sentencepiece_model(add_dummy_prefix=True)
 SIZE = 420

@@ -13,13 +13,14 @@ from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.staging import scatter_kernel
 from flm.kernels.errors import CompileError, DeviceFailed, DeviceMemoryFull, ToolkitMissing
 from flm.kernels.staging import DeviceMemory
-from flm.worker import Engine, SamplingParams, rank
-from flm.worker.channel import NoFollowers
-from flm.worker.comm import LocalCommunicator
-from flm.worker.device_cache import Planned
+from flm.worker import Engine, SamplingParams
+from flm.worker.communication.channel import NoFollowers
+from flm.worker.communication.comm import LocalCommunicator
 from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, RankFailed
-from flm.worker.rank import GroupSpec, Rank
-from flm.worker.replica import as_flm_error
+from flm.worker.execution.device_cache import Planned
+from flm.worker.group import rank
+from flm.worker.group.rank import GroupSpec, Rank
+from flm.worker.group.replica import as_flm_error
 from flm.worker.request import FinishReason, Request, TokenEvent
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

@@ -12,11 +12,11 @@ from small_vocabularies import SENTENCES, byte_pairs, write
 from tokenizers import pre_tokenizers
 
 from flm.worker.errors import CheckpointError
-from flm.worker.token_bytes import byte_level_alphabet
-from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies import patterns
 from flm.worker.vocabularies.files import load_tokenizer
 from flm.worker.vocabularies.library import byte_level_splits
+from flm.worker.vocabularies.token_bytes import byte_level_alphabet
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 TRAINED = byte_pairs(patterns.GPT2)
 MODEL = json.loads(TRAINED.to_str())["model"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flm.worker.errors import CheckpointError
-from flm.worker.mapped_file import MappedFile
+from flm.worker.files.mapped_file import MappedFile
 
 
 def test_announced_reads_give_the_same_bytes(tmp_path: Path) -> None:

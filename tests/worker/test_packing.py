@@ -13,10 +13,10 @@ from safetensors_writer import write_safetensors
 
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.families.fields import read_json
+from flm.worker.files.json_fields import read_json
+from flm.worker.files.safetensors_file import open_safetensors
 from flm.worker.packing.config import read_packing
 from flm.worker.packing.source import PackedSource
-from flm.worker.safetensors_file import open_safetensors
 
 Config = dict[str, Any]
 

@@ -12,9 +12,9 @@ import pytest
 from packed_model import write_model
 
 from flm.worker import Engine
-from flm.worker.checkpoint import open_checkpoint
+from flm.worker.checkpoints.checkpoint import open_checkpoint
+from flm.worker.checkpoints.weights import load_weights, shard_spec
 from flm.worker.errors import CheckpointError
-from flm.worker.weights import load_weights, shard_spec
 
 IDS = np.random.default_rng(2).integers(0, 96, 40).tolist()
 METHODS = {"gptq": {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flm.worker.errors import CheckpointError
-from flm.worker.paths import resolve_model_path
+from flm.worker.files.paths import resolve_model_path
 
 
 def installed(site: Path, name: str, files: list[str]) -> None:

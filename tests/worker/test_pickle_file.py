@@ -14,7 +14,7 @@ from torch_writer import STOP, numbers, state, tensor, text, write_archive, writ
 
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.pickle_file import PickleFile, open_pickle_files, pickle_files
+from flm.worker.files.pickle_file import PickleFile, open_pickle_files, pickle_files
 
 
 def test_tensors_come_as_they_were_saved(tmp_path: Path) -> None:

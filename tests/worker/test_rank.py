@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flm.worker.errors import ConfigError, FlmError, RankFailed, Unavailable
-from flm.worker.rank import GroupSpec, Rank
+from flm.worker.group.rank import GroupSpec, Rank
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
 HERE = Path(__file__).parent

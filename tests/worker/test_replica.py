@@ -8,8 +8,8 @@ from contextlib import suppress
 import pytest
 from replica_bench import Bench, until
 
-from flm.worker import replica as replica_module
 from flm.worker.errors import InvalidRequest, Overloaded, Unavailable
+from flm.worker.group import replica as replica_module
 from flm.worker.request import FinishReason, Request
 
 

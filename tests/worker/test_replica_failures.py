@@ -7,7 +7,7 @@ from replica_bench import Bench, until
 
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout, ShapeError
 from flm.worker.errors import FlmError, InternalError, RankFailed, Unavailable
-from flm.worker.replica import as_flm_error
+from flm.worker.group.replica import as_flm_error
 from flm.worker.request import FinishReason, TokenEvent
 
 TIMEOUT = CollectiveTimeout(0, (1, 3), 10.0)

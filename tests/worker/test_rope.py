@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flm.worker.config import RopeConfig
-from flm.worker.rope import inverse_frequencies, rope_tables, turns
+from flm.worker.layers.rope import inverse_frequencies, rope_tables, turns
 
 
 def test_plain_frequencies_are_powers_of_theta() -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from flm.kernels.quant import bfloat16_bits
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.safetensors_file import INDEX_NAME, SafetensorsFile, open_safetensors
+from flm.worker.files.safetensors_file import INDEX_NAME, SafetensorsFile, open_safetensors
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 

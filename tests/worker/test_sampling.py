@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from flm.kernels.backend import SamplingBatch
 from flm.kernels.reference_sampling import penalised, sample_row
+from flm.worker.execution.sampling import SamplingRow, build_batch
 from flm.worker.request import SamplingParams
-from flm.worker.sampling import SamplingRow, build_batch
 
 VOCAB = 12
 PENALTIES = SamplingParams(repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=0.5)

@@ -10,7 +10,7 @@ from fake_ranks import EOS, VOCAB, World, undisturbed
 from flm.worker.errors import InvalidRequest, Overloaded
 from flm.worker.plan import NewSequence
 from flm.worker.request import FinishReason, Request, SamplingParams, Timings
-from flm.worker.scheduler import Load
+from flm.worker.scheduling.scheduler import Load
 
 PROMPT = list(range(1, 11))
 

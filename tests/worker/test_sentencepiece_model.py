@@ -11,8 +11,8 @@ from sentencepiece import SentencePieceProcessor
 from small_vocabularies import SENTENCES, sentencepiece_model, write
 
 from flm.worker.errors import CheckpointError
-from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder, Tokenizer
 
 MARKS = {  # as tokenizer_config.json of Yi-34B-Chat lists them
     "420": {"content": "<|im_start|>", "special": True},

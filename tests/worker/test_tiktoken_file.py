@@ -15,10 +15,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models
 
 from flm.worker.errors import CheckpointError
-from flm.worker.token_bytes import byte_level_alphabet
-from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
 from flm.worker.vocabularies import patterns
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.token_bytes import byte_level_alphabet
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder, Tokenizer
 
 BPE = byte_pairs(patterns.QWEN2)
 RANKS = rank_file(BPE)

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from flm.worker.errors import CheckpointError, InvalidRequest
-from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
 from flm.worker.vocabularies.base import AddedToken, SplitVocabulary
 from flm.worker.vocabularies.files import checked, load_tokenizer
 from flm.worker.vocabularies.library import LibraryVocabulary
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder, Tokenizer
 
 
 def streamed(

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import pre_tokenizers
 
 from flm.worker.errors import CheckpointError
-from flm.worker.tokenizer import Tokenizer
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 
 def joined_by_score(text: str) -> list[str]:

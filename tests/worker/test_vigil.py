@@ -15,8 +15,8 @@ import pytest
 
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout
 from flm.kernels.reference import ReferenceBackend
-from flm.worker.comm import SharedMemoryCommunicator
-from flm.worker.vigil import LOOKS, LOOKS_PER_TIMEOUT, PATIENCE, PROOF, Awaited, Vigil, at_work
+from flm.worker.communication.comm import SharedMemoryCommunicator
+from flm.worker.communication.vigil import LOOKS, LOOKS_PER_TIMEOUT, PATIENCE, PROOF, Awaited, Vigil, at_work
 
 TIMEOUT = 10.0
 PERIOD = TIMEOUT / LOOKS_PER_TIMEOUT
@@ -183,7 +183,7 @@ BUSY = """
 import sys, time
 from pathlib import Path
 from flm.kernels.reference import ReferenceBackend
-from flm.worker.comm import SharedMemoryCommunicator
+from flm.worker.communication.comm import SharedMemoryCommunicator
 comm = SharedMemoryCommunicator(Path(sys.argv[1]), 1, 2, ReferenceBackend(), 20.0)
 while True:
     began = time.monotonic()

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_vocabularies import byte_pairs, rank_file, sentencepiece_model, write
 
-from flm.worker.tokenizer import IncrementalDecoder, Tokenizer
 from flm.worker.vocabularies import patterns
 from flm.worker.vocabularies.files import load_tokenizer
+from flm.worker.vocabularies.tokenizer import IncrementalDecoder, Tokenizer
 
 RANKS = rank_file(byte_pairs(patterns.QWEN2))
 CHATGLM = {"tokenizer_config.json": {"tokenizer_class": "ChatGLMTokenizer", "num_image_tokens": 7}}

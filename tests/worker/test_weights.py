@@ -15,11 +15,11 @@ from safetensors.numpy import load_file, save_file
 from shard_layers import layer_of
 
 from flm.kernels.quant import QuantizedMatrix, quantize
-from flm.worker.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from flm.worker.checkpoints.weights import ModelWeights, load_weights, shard_spec
 from flm.worker.errors import ConfigError
-from flm.worker.paths import resolve_model_path
-from flm.worker.precision import convert, fuse, regroup
-from flm.worker.weights import ModelWeights, load_weights, shard_spec
+from flm.worker.files.paths import resolve_model_path
+from flm.worker.tensors.precision import convert, fuse, regroup
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 F32 = NDArray[np.float32]

@@ -9,8 +9,8 @@ from flm.worker.canonical import LM_HEAD, decoder_tensors
 from flm.worker.config import ModelConfig, RopeConfig
 from flm.worker.families import hub, llama
 from flm.worker.families.family import Family, thirds
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe
 
 _FIRST_7B = "BaiChuanForCausalLM"
 _ROPE_WIDTH, _ALIBI_WIDTH, _SECOND_VOCAB = 4096, 5120, 125696

@@ -6,8 +6,8 @@ from __future__ import annotations
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub
 from flm.worker.families.family import Family, renamed, side_by_side
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe
 
 _STEMS = {
     "model.embed_tokens": "transformer.word_embeddings",

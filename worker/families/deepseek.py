@@ -12,8 +12,8 @@ from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, N
 from flm.worker.config_parts import ExpertsConfig, LatentConfig
 from flm.worker.families import hub
 from flm.worker.families.family import Family
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe, interleaved
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe, interleaved
 
 _NAMES = {
     "self_attn.kv_a_proj.": "self_attn.kv_a_proj_with_mqa.",

@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 
 from flm.worker.canonical import decoder_tensors
 from flm.worker.config import ModelConfig
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe
 
 
 def same_names(config: ModelConfig) -> dict[str, Recipe]:

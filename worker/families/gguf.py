@@ -9,9 +9,9 @@ from typing import Any
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import gguf_experts, hub
 from flm.worker.families.family import Family
-from flm.worker.families.fields import Fields
 from flm.worker.families.gguf_layout import LAYOUTS, Layout, recipes
-from flm.worker.gguf_file import GGUFFile
+from flm.worker.files.gguf_file import GGUFFile
+from flm.worker.files.json_fields import Fields
 
 ROPE_FACTORS, _TOKENS = "rope_freqs.weight", "tokenizer.ggml.tokens"
 _BAICHUAN_LAYERS, _BAICHUAN2_VOCAB = 40, 125696  # of the 13B, which has ALiBi; of the second generation

@@ -15,9 +15,9 @@ from flm.kernels.expert_ops import Routing
 from flm.worker.config import AttentionConfig, ModelConfig, RopeConfig
 from flm.worker.config_parts import ExpertsConfig, LatentConfig
 from flm.worker.families import hub
-from flm.worker.families.fields import Fields
-from flm.worker.gguf_file import GGUFFile
-from flm.worker.recipe import Recipe, interleaved
+from flm.worker.files.gguf_file import GGUFFile
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe, interleaved
 
 log = logging.getLogger(__name__)
 

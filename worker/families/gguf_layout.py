@@ -8,7 +8,7 @@ from flm.worker.canonical import EMBEDDING, FINAL_NORM, LM_HEAD, decoder_tensors
 from flm.worker.config import ModelConfig
 from flm.worker.families import gguf_experts
 from flm.worker.families.family import thirds
-from flm.worker.recipe import Recipe, interleaved
+from flm.worker.tensors.recipe import Recipe, interleaved
 
 _STEMS = {
     "input_layernorm": "attn_norm",

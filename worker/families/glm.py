@@ -7,8 +7,8 @@ from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub, llama
 from flm.worker.families.family import Family, renamed
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe, interleaved
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe, interleaved
 
 _STEMS = {
     "model.embed_tokens": "transformer.embedding.word_embeddings",

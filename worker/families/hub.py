@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flm.worker.config import ModelConfig, RopeConfig
 from flm.worker.errors import CheckpointError
-from flm.worker.families.fields import Fields, read_json
+from flm.worker.files.json_fields import Fields, read_json
 
 # far beyond any model's, far below what a damaged number can ask for
 MAX_LAYERS, MAX_EXPERTS, MAX_HEAD, MAX_POSITIONS = 4096, 1 << 18, 1 << 16, 1 << 24

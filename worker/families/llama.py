@@ -5,8 +5,8 @@ from __future__ import annotations
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
 from flm.worker.families import hub
 from flm.worker.families.family import Family, same_names
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe
 
 
 def read(

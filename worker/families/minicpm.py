@@ -8,7 +8,7 @@ from dataclasses import replace
 from flm.worker.config import ModelConfig
 from flm.worker.families import llama
 from flm.worker.families.family import Family
-from flm.worker.families.fields import Fields
+from flm.worker.files.json_fields import Fields
 
 
 def _minicpm(fields: Fields) -> ModelConfig:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub
 from flm.worker.families.family import Family, renamed
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe, interleaved
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe, interleaved
 
 _PARTS = 4  # the matrix of q, v and k comes in as many parts, from training on as many devices
 _STEMS = {

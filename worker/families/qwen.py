@@ -5,8 +5,8 @@ from __future__ import annotations
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
 from flm.worker.families import hub, llama
 from flm.worker.families.family import Family, renamed, thirds
-from flm.worker.families.fields import Fields
-from flm.worker.recipe import Recipe
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe
 
 _STEMS = {
     "model.embed_tokens": "transformer.wte",

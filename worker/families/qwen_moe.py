@@ -11,9 +11,9 @@ from flm.worker.config import ModelConfig
 from flm.worker.config_parts import ExpertsConfig
 from flm.worker.families import hub, llama
 from flm.worker.families.family import Family
-from flm.worker.families.fields import Fields
 from flm.worker.families.qwen import check_window
-from flm.worker.recipe import Recipe
+from flm.worker.files.json_fields import Fields
+from flm.worker.tensors.recipe import Recipe
 
 
 def _qwen2(fields: Fields) -> ModelConfig:

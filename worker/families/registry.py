@@ -13,7 +13,6 @@ from flm.worker.families.bloom import BLOOM
 from flm.worker.families.chatglm import CHATGLM_6B
 from flm.worker.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from flm.worker.families.family import Family
-from flm.worker.families.fields import Fields, read_json
 from flm.worker.families.glm import CHATGLM, GLM
 from flm.worker.families.internlm2 import INTERNLM2
 from flm.worker.families.llama import INTERNLM, LLAMA, XVERSE, YI
@@ -23,7 +22,8 @@ from flm.worker.families.qwen import QWEN, QWEN2, QWEN3
 from flm.worker.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from flm.worker.families.rwkv import RWKV
 from flm.worker.families.support import GLM_130B, SUPPORT
-from flm.worker.gguf_file import GGUFFile
+from flm.worker.files.gguf_file import GGUFFile
+from flm.worker.files.json_fields import Fields, read_json
 
 FAMILIES = (
     LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,

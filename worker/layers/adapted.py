@@ -15,11 +15,11 @@ import numpy as np
 
 from flm.kernels.adapter_ops import AdapterOps, Factors, PackedAdapters
 from flm.kernels.backend import Backend
-from flm.worker.adapter import Adapter, cuts_inputs
+from flm.worker.adapters.adapter import Adapter, cuts_inputs
 from flm.worker.config import Span
 from flm.worker.errors import BackendUnavailable
 from flm.worker.layers.loading import Loading, StepInputs
-from flm.worker.precision import fuse
+from flm.worker.tensors.precision import fuse
 
 Array = Any
 

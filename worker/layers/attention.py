@@ -13,8 +13,8 @@ import numpy as np
 from flm.kernels.backend import Backend, HeadNorm, KVCache
 from flm.worker.layers.adapted import Adapted
 from flm.worker.layers.loading import Loading, StepInputs
-from flm.worker.positions import alibi_slopes, logn_scales
-from flm.worker.rope import rope_tables
+from flm.worker.layers.positions import alibi_slopes, logn_scales
+from flm.worker.layers.rope import rope_tables
 
 Array = Any
 

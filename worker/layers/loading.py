@@ -11,9 +11,9 @@ from typing import Any
 
 from flm.kernels.backend import Backend, PackedMatrix
 from flm.kernels.quant import QuantizedMatrix
-from flm.worker.adapter import Adapter
+from flm.worker.adapters.adapter import Adapter
+from flm.worker.checkpoints.weights import ModelWeights
 from flm.worker.config import ShardSpec
-from flm.worker.weights import ModelWeights
 
 Array = Any
 

@@ -13,7 +13,7 @@ from flm.kernels.packings import Codes, affine, unit_of, unpack_awq
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import Span
 from flm.worker.packing.module import Module
-from flm.worker.tensor_source import Storage
+from flm.worker.tensors.tensor_source import Storage
 
 PER_WORD = 8
 

@@ -16,7 +16,7 @@ from flm.kernels.packings import NARROWEST_GROUP, Array, Codes, affine, ordered,
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import Span
 from flm.worker.packing.module import Module
-from flm.worker.tensor_source import Storage
+from flm.worker.tensors.tensor_source import Storage
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from flm.kernels.packings import FP8_BLOCK
 from flm.worker.errors import CheckpointError
-from flm.worker.families.fields import Fields, read_json
+from flm.worker.files.json_fields import Fields, read_json
 from flm.worker.packing.awq import AWQ
 from flm.worker.packing.chatglm import ChatGLM
 from flm.worker.packing.compressed import CompressedTensors

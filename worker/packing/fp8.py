@@ -14,7 +14,7 @@ from flm.kernels.packings import FP8_BLOCK, fp8
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import Span
 from flm.worker.packing.module import Module
-from flm.worker.tensor_source import Storage
+from flm.worker.tensors.tensor_source import Storage
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from flm.kernels.quant import QuantizedMatrix, to_float32
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.safetensors_file import TensorEntry, TensorFile
-from flm.worker.tensor_source import Storage
+from flm.worker.files.safetensors_file import TensorEntry, TensorFile
+from flm.worker.tensors.tensor_source import Storage
 
 Array = NDArray[Any]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import Span
 from flm.worker.packing.module import Module
-from flm.worker.tensor_source import Storage
+from flm.worker.tensors.tensor_source import Storage
 
 METHOD = "flm"
 FORMATS = {"U8": "int4", "I8": "int8", "F8_E4M3": "fp8"}

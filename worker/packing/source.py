@@ -12,10 +12,10 @@ from flm.kernels.errors import KernelError
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
+from flm.worker.files.safetensors_file import TensorFile
 from flm.worker.packing.module import Module, Packing
-from flm.worker.precision import fuse, row_pieces
-from flm.worker.safetensors_file import TensorFile
-from flm.worker.tensor_source import SafetensorsSource, Storage
+from flm.worker.tensors.precision import fuse, row_pieces
+from flm.worker.tensors.tensor_source import SafetensorsSource, Storage
 
 ROWS_APART = 64  # pieces begin at rows that every packing's words begin at
 

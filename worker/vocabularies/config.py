@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flm.worker.errors import CheckpointError
-from flm.worker.families.fields import Fields, read_json
+from flm.worker.files.json_fields import Fields, read_json
 from flm.worker.vocabularies.base import AddedToken
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from flm.worker.errors import CheckpointError, FlmError
-from flm.worker.gguf_file import GGUFFile
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.files.gguf_file import GGUFFile
 from flm.worker.vocabularies.base import Vocabulary
 from flm.worker.vocabularies.config import TokenizerConfig, read_config
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 MAX_TOKENS = 1 << 24  # far beyond any vocabulary's, far below what a damaged number can ask for
 EXPECTED = "tokenizer.json, tokenizer.model, qwen.tiktoken, ice_text.model, or vocab.json with merges.txt"

@@ -10,11 +10,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from flm.worker.errors import CheckpointError
-from flm.worker.gguf_file import GGUFFile
-from flm.worker.tokenizer import Tokenizer
+from flm.worker.files.gguf_file import GGUFFile
 from flm.worker.vocabularies import patterns
 from flm.worker.vocabularies.base import Vocabulary
 from flm.worker.vocabularies.library import LibraryVocabulary, byte_level_splits
+from flm.worker.vocabularies.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types, which are SentencePiece's

@@ -14,8 +14,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 
 from flm.worker.errors import CheckpointError
-from flm.worker.families.fields import read_json
-from flm.worker.token_bytes import TokenBytes
+from flm.worker.files.json_fields import read_json
 from flm.worker.vocabularies.base import AddedToken
 from flm.worker.vocabularies.config import TokenizerConfig
 from flm.worker.vocabularies.sentencepiece_model import (
@@ -27,6 +26,7 @@ from flm.worker.vocabularies.sentencepiece_model import (
     own_tokens,
     parse,
 )
+from flm.worker.vocabularies.token_bytes import TokenBytes
 
 _COMMANDS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")

@@ -11,10 +11,9 @@ from tokenizers import AddedToken as RustAddedToken
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-from flm.worker import token_bytes
 from flm.worker.errors import CheckpointError
-from flm.worker.families.fields import read_json
-from flm.worker.vocabularies import patterns
+from flm.worker.files.json_fields import read_json
+from flm.worker.vocabularies import patterns, token_bytes
 from flm.worker.vocabularies.base import AddedToken
 from flm.worker.vocabularies.config import TokenizerConfig
 

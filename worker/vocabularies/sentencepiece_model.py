@@ -16,9 +16,9 @@ import sentencepiece
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
 from flm.worker.errors import CheckpointError
-from flm.worker.token_bytes import TokenBytes
 from flm.worker.vocabularies.base import AddedToken, SplitVocabulary
 from flm.worker.vocabularies.config import TokenizerConfig
+from flm.worker.vocabularies.token_bytes import TokenBytes
 
 SPACE = "\u2581"  # SentencePiece's space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -25,7 +25,7 @@ from flm.kernels.cuda.links import Links
 from flm.kernels.cuda.nccl import NcclLink, load_nccl, unique_id
 from flm.kernels.errors import CollectiveAborted, CollectiveTimeout
 from flm.worker import Engine, SamplingParams
-from flm.worker.rank import GroupSpec, Rank
+from flm.worker.group.rank import GroupSpec, Rank
 from flm.worker.request import Request
 
 TESTS = Path(__file__).parents[2]

@@ -1,0 +1,33 @@
+"""SlotState: what a rank's runner remembers of a sequence between steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.worker.execution.sampling import SamplingRow
+from flm.worker.plan import NewSequence
+
+
+class SlotState:
+    """What one rank knows of one running sequence."""
+
+    def __init__(self, new: NewSequence, max_context: int, adapter: int = -1) -> None:
+        self.tokens: NDArray[np.int32] = np.empty(max_context + 1, np.int32)
+        self.count = 0
+        self.blocks = 0
+        self.adapter = adapter  # its number, -1 for none
+        self.positions: Any = None  # what the runner's step positions know of it
+        self.row = SamplingRow(new.params, new.token_ids, new.num_prompt)
+        self._extend(new.token_ids)
+
+    def append(self, tokens: list[int]) -> None:
+        """Tokens sampled since."""
+        self._extend(tokens)
+        self.row.append(tokens)
+
+    def _extend(self, tokens: list[int]) -> None:
+        self.tokens[self.count : self.count + len(tokens)] = tokens
+        self.count += len(tokens)

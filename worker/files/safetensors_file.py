@@ -1,0 +1,220 @@
+"""Reader of safetensors files and sharded directories, by slices.
+
+Format: 8 bytes little-endian length of the header, a JSON header, then the tensors' bytes
+(github.com/huggingface/safetensors#format). Own parser, because NumPy knows neither bfloat16 nor float8.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flm.worker.config import Span
+from flm.worker.errors import CheckpointError
+from flm.worker.files.mapped_file import MappedFile
+
+INDEX_NAME = "model.safetensors.index.json"
+READ_AHEAD = 64 << 20
+ENOUGH_TO_GO_ON = 3  # whole matrices in a row; a rank among others meets few
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_DIMS = 32  # NumPy's
+
+# bfloat16 and float8 are given as their bits
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"), "F8_E5M2": np.dtype("u1"), "F8_E8M0": np.dtype("u1"), "BOOL": np.dtype("u1"),
+    "I8": np.dtype("i1"), "U8": np.dtype("u1"), "I16": np.dtype("<i2"), "U16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8"), "U64": np.dtype("<u8"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: safetensors' name of its dtype, and where its bytes lie in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class TensorFile(Protocol):
+    """A file of tensors, whatever its format."""
+
+    path: Path
+    tensors: dict[str, TensorEntry]
+
+    def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[Any]: ...
+    def drop_pages(self) -> None: ...
+
+
+class SafetensorsFile:
+    """One .safetensors file, memory-mapped. Raises CheckpointError for anything that does not add up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = MappedFile(path)
+        self.tensors = self._parse()
+        self._whole_matrices, self._told_of = 0, 0
+
+    def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[Any]:
+        """A view of the tensor, or of its `rows` (first axis) and `cols` (second axis): only its pages are read.
+
+        bfloat16 and float8 come as their bits (uint16, uint8). The caller keeps spans within the shape.
+        """
+        entry = self.tensors[name]
+        whole = self._file.bytes_at(entry.offset, entry.nbytes).view(DTYPES[entry.dtype]).reshape(entry.shape)
+        if rows is None and cols is None:
+            self._file.will_read(entry.offset, entry.nbytes)
+            return whole
+        rows = rows or Span(0, entry.shape[0])
+        self._read_ahead(entry, rows, cols)
+        first, last = (
+            (0, whole[0].nbytes)
+            if cols is None
+            else (cols.start * whole.itemsize, cols.stop * whole.itemsize)
+        )
+        row_bytes = entry.nbytes // max(entry.shape[0], 1)
+        self._file.will_read_rows(entry.offset, row_bytes, first, last - first, range(rows.start, rows.stop))
+        whole = whole[rows.start : rows.stop]
+        return whole if cols is None else whole[:, cols.start : cols.stop]
+
+    def _read_ahead(self, entry: TensorEntry, rows: Span, cols: Span | None) -> None:
+        """A rank that reads one whole matrix after another will want what follows: the disk works on it meanwhile."""
+        whole = rows.size == entry.shape[0] and (cols is None or cols.size == entry.shape[1])
+        self._whole_matrices = self._whole_matrices + 1 if whole else 0
+        if self._whole_matrices >= ENOUGH_TO_GO_ON:
+            end = entry.offset + entry.nbytes
+            start = self._told_of if end < self._told_of < end + READ_AHEAD else end
+            self._told_of = min(end + READ_AHEAD, self._file.size)
+            arguments = (start, max(self._told_of - start, 0))
+            self._file.will_read(*arguments)
+
+    def drop_pages(self) -> None:
+        self._file.drop_pages()
+
+    def _fail(self, message: str) -> CheckpointError:
+        return CheckpointError(str(self.path), message)
+
+    def _parse(self) -> dict[str, TensorEntry]:
+        size = self._file.size
+        if size < 8:
+            raise self._fail(f"truncated: expected at least 8 bytes, found {size}")
+        length = int.from_bytes(self._file.data[:8], "little")
+        if length > MAX_HEADER_BYTES:
+            raise self._fail(
+                f"not a safetensors file: a header of {length} bytes, at most {MAX_HEADER_BYTES} expected"
+            )
+        if 8 + length > size:
+            raise self._fail(f"truncated in the header: expected at least {8 + length} bytes, found {size}")
+        try:
+            header = json.loads(self._file.data[8 : 8 + length].decode("utf-8"))
+        except ValueError as error:
+            raise self._fail(f"the header is not JSON: {error}") from error
+        except RecursionError as error:
+            raise self._fail("the header is not JSON of a safetensors file: nested too deeply") from error
+        if not isinstance(header, dict):
+            raise self._fail(f"the header must be a JSON object, found {type(header).__name__}")
+        entries = {n: self._entry(n, raw, 8 + length) for n, raw in header.items() if n != "__metadata__"}
+        self._check_layout(entries, 8 + length)
+        return entries
+
+    def _entry(self, name: str, raw: Any, base: int) -> TensorEntry:
+        try:
+            dtype, shape, (start, stop) = raw["dtype"], raw["shape"], raw["data_offsets"]
+            whole = all(type(v) is int and 0 <= v < 2**63 for v in (*shape, start, stop))
+        except (TypeError, KeyError, ValueError) as error:
+            raise self._fail(
+                f"tensor {name!r}: expected dtype, shape and two data_offsets, found {raw!r:.200}"
+            ) from error
+        if not whole or start > stop or len(shape) > MAX_DIMS:
+            raise self._fail(
+                f"tensor {name!r}: up to {MAX_DIMS} sizes and two data_offsets in order, whole numbers >= 0 and "
+                f"< 2**63, expected, found {raw!r:.200}"
+            )
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise self._fail(
+                f"tensor {name!r} has unknown dtype {dtype!r}; known: {', '.join(sorted(DTYPES))}"
+            )
+        want = DTYPES[dtype].itemsize
+        for length in shape:
+            want *= length
+        if stop - start != want:
+            raise self._fail(
+                f"tensor {name!r}: {dtype} {shape} needs {want} bytes, its data_offsets hold {stop - start}"
+            )
+        if base + stop > self._file.size:
+            raise self._fail(
+                f"truncated: tensor {name!r} ends at byte {base + stop}, the file has {self._file.size} bytes"
+            )
+        return TensorEntry(dtype, tuple(shape), base + start, want)
+
+    def _check_layout(self, entries: dict[str, TensorEntry], base: int) -> None:
+        end, before = base, "the header"
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+            if entry.nbytes and entry.offset < end:
+                raise self._fail(
+                    f"tensor {name!r} at byte {entry.offset} overlaps {before!r}, which ends at {end}"
+                )
+            if entry.nbytes:
+                end, before = entry.offset + entry.nbytes, name
+
+
+def open_safetensors(directory: Path) -> dict[str, SafetensorsFile]:
+    """Tensor name → the open file that holds it, for a directory with one file or an index of several."""
+    index = directory / INDEX_NAME
+    if index.is_file():
+        return _open_sharded(directory, index)
+    single = directory / "model.safetensors"
+    if not single.is_file():
+        others = sorted(p.name for p in directory.glob("*.safetensors"))
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if not others and pickles:
+            raise CheckpointError(
+                str(directory),
+                f"holds weights as pickles ({pickles[0]}), which are programs and are never loaded; "
+                f"`flm-cluster convert {directory} NEW_DIRECTORY` reads them safely and writes safetensors",
+            )
+        if len(others) != 1:
+            found = ", ".join(others) or "none"
+            raise CheckpointError(
+                str(directory), f"expected model.safetensors or {INDEX_NAME}; .safetensors files: {found}"
+            )
+        single = directory / others[0]
+    file = SafetensorsFile(single)
+    return dict.fromkeys(file.tensors, file)
+
+
+def _open_sharded(directory: Path, index: Path) -> dict[str, SafetensorsFile]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = sorted((str(name), weight_map[name]) for name in weight_map)
+    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        raise CheckpointError(
+            str(index), f"expected a JSON object with weight_map (tensor to file): {error!r:.200}"
+        ) from error
+    files: dict[str, SafetensorsFile] = {}
+    tensors: dict[str, SafetensorsFile] = {}
+    for name, file_name in pairs:
+        # only files beside the index: a checkpoint must not reach into other folders
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(
+                str(index), f"tensor {name!r}: expected the name of a file beside it, found {file_name!r}"
+            )
+        if file_name not in files:
+            if not (directory / file_name).is_file():
+                raise CheckpointError(
+                    str(index), f"names {file_name!r} (tensor {name!r}), which is not in the directory"
+                )
+            files[file_name] = SafetensorsFile(directory / file_name)
+        if name not in files[file_name].tensors:
+            raise CheckpointError(
+                str(index), f"says tensor {name!r} is in {file_name!r}, which does not hold it"
+            )
+        tensors[name] = files[file_name]
+    return tensors

@@ -1,0 +1,85 @@
+"""Sequence: one request on its way through the leader. Ranks never see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
+from flm.worker.scheduling.blocks import BlockTable
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request, its tokens so far and its place in the KV cache. Times are the scheduler's `now`."""
+
+    request: Request
+    token_ids: list[int]  # prompt, resumed and generated tokens
+    table: BlockTable
+    precedence: tuple[int, int]  # (-priority, arrival number): smaller goes first, larger is preempted first
+    arrived: float
+    max_length: int  # prompt + output tokens at which it ends for good
+    num_prompt: int
+    uncut: int = 0  # leading tokens that must be computed in one step
+    num_computed: int = 0  # leading tokens whose KV is in the cache
+    num_sent: int = 0  # leading tokens that the ranks know
+    num_cached: int = 0  # of the prompt, found in the prefix cache at its first start
+    slot: int = -1  # -1: waiting
+    started: float | None = None  # first step
+    first_token: float | None = None
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens still to compute: 1 when decoding, more when prefilling."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def outstanding(self) -> int:
+        """Tokens still to compute until it ends at the latest."""
+        return self.max_length - self.num_computed
+
+    def timings(self, now: float) -> Timings:
+        """Seconds spent in each phase until `now`."""
+        started = now if self.started is None else self.started
+        first_token = now if self.first_token is None else self.first_token
+        return Timings(started - self.arrived, first_token - started, now - first_token)
+
+    def event(
+        self,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        timings: Timings = Timings(),  # noqa: B008
+    ) -> TokenEvent:
+        """What a step that does not end the sequence adds to its stream."""
+        output = len(self.token_ids) - self.num_prompt
+        return TokenEvent(
+            self.request.request_id,
+            token_ids,
+            logprobs,
+            prompt_tokens=self.num_prompt,
+            cached_tokens=self.num_cached,
+            completion_tokens=output,
+            timings=timings,
+        )
+
+    def last_event(
+        self,
+        reason: FinishReason,
+        timings: Timings,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        stop_token_id: int | None = None,
+        error: str = "",
+    ) -> TokenEvent:
+        """The event that ends the stream. A stop token counts as output but is not in `token_ids`."""
+        return TokenEvent(
+            self.request.request_id,
+            token_ids,
+            logprobs,
+            reason,
+            stop_token_id,
+            self.num_prompt,
+            self.num_cached,
+            len(self.token_ids) - self.num_prompt,
+            timings,
+            error,
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from packers import Layer
+import packers
 from safetensors_writer import write_safetensors
 
 HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, VOCAB, LAYERS = 256, 4, 64, 384, 96, 2
@@ -32,10 +32,36 @@ MATRICES = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+METHODS = {"gptq": {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True}}
+METHODS |= {"awq": {"quant_method": "awq", "bits": 4, "group_size": 64}}
+METHODS |= {"fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+METHODS |= {"compressed": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
+
+
+def gptq_ordered(
+    rng: np.random.Generator, k_orders: dict[str, Any], name: str, n: int, k: int
+) -> packers.Layer:
+    """Layers that share their input share its order, as GPTQ makes it."""
+    order = k_orders.setdefault(
+        name if "o_proj" in name or "down" in name else name.split(".")[0], rng.permutation(k)
+    )
+    return packers.gptq(rng, n, k, 64, order=order)
+
+
+def drawing(name: str) -> Callable[[str, int, int], packers.Layer]:
+    rng, orders = np.random.default_rng(5), dict[str, Any]()
+    draws: dict[str, Callable[[str, int, int], packers.Layer]] = {
+        "gptq": lambda module, n, k: gptq_ordered(rng, orders, module, n, k),
+        "awq": lambda module, n, k: packers.awq(rng, n, k, 64),
+        "fp8": lambda module, n, k: packers.fp8(rng, n, k),
+        "compressed": lambda module, n, k: packers.compressed(rng, n, k, 64, sym=False),
+        "gptq apart": lambda module, n, k: packers.gptq(rng, n, k, 64, order=rng.permutation(k)),
+    }
+    return draws[name]
 
 
 def write_model(
-    target: Path, draw: Callable[[str, int, int], Layer], extra: dict[str, Any]
+    target: Path, draw: Callable[[str, int, int], packers.Layer], extra: dict[str, Any]
 ) -> tuple[Path, Path]:
     """(packed, floats): directories with a model whose layers' matrices are draw(name, N, K); `extra` goes to the packed
     config.json."""

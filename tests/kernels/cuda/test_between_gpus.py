@@ -1,6 +1,6 @@
 """What crosses GPUs, on a real one: mapped memory, waits that end, NCCL's calls, two processes that share the GPU.
 
-Emulated where one process is enough; tests/worker/test_comm_cuda.py emulates groups."""
+Emulated where one process is enough; tests/worker/communication/test_comm_cuda.py emulates groups."""
 
 from __future__ import annotations
 

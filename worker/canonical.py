@@ -12,6 +12,7 @@ from flm.worker.config_parts import ExpertsConfig, LatentConfig
 
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 EMBEDDING_NORM = "model.embed_norm"
+SANDWICH_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # as GLM-4-0414 calls them
 VOCABULARY = (EMBEDDING, LM_HEAD)
 # never rounded while loading: what chooses experts, and what is turned round before it is multiplied with
 EXACT = (".mlp.gate.weight", ".mlp.shared_gate.weight", ".self_attn.kv_b_proj.weight")
@@ -44,6 +45,8 @@ def decoder_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         tensors |= _norm(c, prefix + "input_layernorm")
         if not c.feed_forward.parallel:
             tensors |= _norm(c, prefix + "post_attention_layernorm")
+        for name in SANDWICH_NORMS if c.norm.sandwich else ():
+            tensors |= _norm(c, prefix + name)
         if c.attention.recurrent:
             tensors |= _recurrence(c, prefix)
             continue

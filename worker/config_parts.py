@@ -49,12 +49,14 @@ class RopeConfig:
 @dataclass(frozen=True)
 class NormConfig:
     """A normalisation over the hidden width: `kind` "rms" (scale only) or "layer" (mean removed). `residual_factor` other
-    than 0: the normed value times this, not the value itself, goes on beside what the layer adds (ChatGLM-6B)."""
+    than 0: the normed value times this, not the value itself, goes on beside what the layer adds (ChatGLM-6B).
+    `sandwich`: what a part gives is normed too, by a norm of its own, before it is added."""
 
     eps: float
     kind: str = "rms"
     bias: bool = False
     residual_factor: float = 0.0
+    sandwich: bool = False
 
 
 @dataclass(frozen=True)

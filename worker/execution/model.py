@@ -18,7 +18,7 @@ from flm.kernels.backend import Backend, KVCache, PackedMatrix
 from flm.kernels.latent_ops import LatentCache
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.adapters.adapter import Adapter
-from flm.worker.canonical import EMBEDDING_NORM, layer_prefix
+from flm.worker.canonical import EMBEDDING_NORM, SANDWICH_NORMS, layer_prefix
 from flm.worker.checkpoints.weights import ModelWeights
 from flm.worker.communication.comm import Communicator
 from flm.worker.config import ShardSpec
@@ -35,13 +35,14 @@ Array = Any
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: each part reads a norm of x, and what it gives is added to x. Without a norm of its own the feed-forward
-    part reads what the attention reads, and both are added together."""
+    """One layer: each part reads a norm of x, and what it gives is added to x, through `outer_norms` where the model has
+    them. Without a norm of its own the feed-forward part reads what the attention reads, and both are added together."""
 
     input_norm: Norm
     attention: Attention | LatentAttention | TimeMix
     post_norm: Norm | None
     feed_forward: FeedForward | Experts | ChannelMix
+    outer_norms: tuple[Norm, Norm] | None
 
 
 class Decoder:
@@ -94,9 +95,9 @@ class Decoder:
         input_norm = Norm(loading, prefix + "input_layernorm")
         post_norm = None if m.feed_forward.parallel else Norm(loading, prefix + "post_attention_layernorm")
         attention = self._attention(loading, prefix + "self_attn.", cache)
-        layer = Layer(
-            input_norm, attention, post_norm, self._feed_forward(loading, prefix + "mlp.", number, cache)
-        )
+        feed_forward = self._feed_forward(loading, prefix + "mlp.", number, cache)
+        outer = [Norm(loading, prefix + name, scale=1.0) for name in SANDWICH_NORMS if m.norm.sandwich]
+        layer = Layer(input_norm, attention, post_norm, feed_forward, (outer[0], outer[1]) if outer else None)
         loading.weights.drop_pages()
         return layer
 
@@ -135,9 +136,13 @@ class Decoder:
             layer.attention.forward(h_TE, delta_TE, inputs)
             if layer.post_norm is not None:
                 self.comm.all_reduce(delta_TE)
+                if layer.outer_norms is not None:
+                    layer.outer_norms[0].forward(delta_TE, None, delta_TE)
                 layer.post_norm.forward(x_TE, delta_TE, h_TE)
             layer.feed_forward.forward(h_TE, delta_TE, inputs)
             self.comm.all_reduce(delta_TE)
+            if layer.outer_norms is not None:
+                layer.outer_norms[1].forward(delta_TE, None, delta_TE)
         self.final_norm.forward(x_TE, delta_TE, h_TE)
         return h_TE
 

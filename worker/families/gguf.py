@@ -43,7 +43,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
         layers=fields.integer("block_count"),
         vocab=_vocab(file, fields),
         max_position=fields.integer("context_length"),
-        norm=NormConfig(fields.number("attention.layer_norm_rms_epsilon")),
+        norm=NormConfig(fields.number("attention.layer_norm_rms_epsilon"), sandwich=layout.sandwich),
         attention=_attention(file, fields, layout),
         feed_forward=FeedForwardConfig(width, "blk.0.ffn_up.bias" in file.tensors),
         experts=gguf_experts.experts(file, fields, architecture),
@@ -96,6 +96,8 @@ def _vocab(file: GGUFFile, fields: Fields) -> int:
 
 
 def _rope(file: GGUFFile, fields: Fields, head_dim: int) -> RopeConfig:
+    if any(fields.items("rope.dimension_sections")):
+        raise fields.fail("rope.dimension_sections: positions of images are not supported")
     rotary_dim = fields.integer("rope.dimension_count", head_dim)
     rope = RopeConfig(theta=fields.number("rope.freq_base", 10000.0), rotary_dim=rotary_dim)
     if ROPE_FACTORS in file.tensors:

@@ -22,6 +22,8 @@ _STEMS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
 }
 _TOP = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEAD: "output.weight"}
 
@@ -30,12 +32,13 @@ _TOP = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", LM_HEA
 class Layout:
     """`pairs`: rows of q and k stand in pairs (2i, 2i + 1) that rotate together, where the decoder rotates halves.
     `fused_qkv`: one tensor of q, k and v. `fused_up`: ffn_up holds the gate and then up. `doubled_width`:
-    feed_forward_length counts both."""
+    feed_forward_length counts both. `sandwich`: see NormConfig."""
 
     pairs: bool
     fused_qkv: bool = False
     fused_up: bool = False
     doubled_width: bool = False
+    sandwich: bool = False
 
 
 LAYOUTS = {
@@ -49,6 +52,7 @@ LAYOUTS = {
     "minicpm": Layout(pairs=True),
     "granite": Layout(pairs=True),
     "chatglm": Layout(pairs=True, fused_qkv=True, fused_up=True),
+    "glm4": Layout(pairs=True, fused_up=True, sandwich=True),
     "qwen2moe": Layout(pairs=False),
     "qwen3moe": Layout(pairs=False),
     "deepseek2": Layout(pairs=False),

@@ -1,7 +1,9 @@
 """GLM with rotary positions on half of each head: ChatGLM2, ChatGLM3, GLM-4 and CodeGeeX4 as their authors publish them,
-and GLM-4 in transformers' own layout. Heads rotate in pairs (2i, 2i + 1), which recipes put into halves."""
+and GLM-4 in transformers' own layout, with norms around each part from GLM-4-0414 on. Heads rotate in pairs (2i, 2i + 1), which recipes put into halves."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from flm.worker.canonical import decoder_tensors
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig, RopeConfig
@@ -79,8 +81,13 @@ def _chatglm_recipes(config: ModelConfig) -> dict[str, Recipe]:
 
 
 def _glm(fields: Fields) -> ModelConfig:
-    bias = fields.flag("attention_bias", False)
+    bias = fields.flag("attention_bias", True)
     return llama.read(fields, "glm", qkv_bias=bias, partial_rotary=0.5)
+
+
+def _glm4(fields: Fields) -> ModelConfig:
+    config = _glm(fields)
+    return replace(config, family="glm4", norm=replace(config.norm, sandwich=True))
 
 
 def _glm_recipes(config: ModelConfig) -> dict[str, Recipe]:
@@ -110,3 +117,4 @@ CHATGLM = Family(
     is_second,
 )
 GLM = Family("glm", ("GlmForCausalLM",), _glm, _glm_recipes)
+GLM4 = Family("glm4", ("Glm4ForCausalLM",), _glm4, _glm_recipes)

@@ -13,7 +13,7 @@ from flm.worker.families.bloom import BLOOM
 from flm.worker.families.chatglm import CHATGLM_6B
 from flm.worker.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from flm.worker.families.family import Family
-from flm.worker.families.glm import CHATGLM, GLM
+from flm.worker.families.glm import CHATGLM, GLM, GLM4
 from flm.worker.families.internlm2 import INTERNLM2
 from flm.worker.families.llama import INTERNLM, LLAMA, XVERSE, YI
 from flm.worker.families.minicpm import GRANITE, MINICPM
@@ -27,7 +27,7 @@ from flm.worker.files.json_fields import Fields, read_json
 
 FAMILIES = (
     LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,
-    MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE, RWKV,
+    GLM4,    MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE, RWKV,
 )  # fmt: skip
 # GGUF's names of architectures that are called otherwise here
 _GGUF_NAMES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}

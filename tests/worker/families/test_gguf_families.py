@@ -16,7 +16,8 @@ from flm.worker import Engine
 from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
-PAIRS = ("llama", "internlm2", "baichuan", "xverse", "minicpm", "granite", "chatglm")
+PAIRS = ("llama", "internlm2", "baichuan", "xverse", "minicpm", "granite", "chatglm", "glm4")
+OUTER = {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}
 Edit = Callable[[GGUFWriter, Checkpoint], None]
 
 
@@ -24,7 +25,7 @@ def gguf_of(name: str, architecture: str, target: Path, edit: Edit) -> Path:
     """The checkpoint's canonical tensors under GGUF's names, heads in pairs where that architecture keeps them so."""
     checkpoint = open_checkpoint(GOLDEN / name)
     c, a = checkpoint.config, checkpoint.config.attention
-    fused_qkv, fused_up = architecture in ("qwen", "chatglm"), architecture == "chatglm"
+    fused_qkv, fused_up = architecture in ("qwen", "chatglm"), architecture in ("chatglm", "glm4")
     writer = GGUFWriter(target, architecture)
     writer.add_embedding_length(c.hidden)
     writer.add_block_count(c.layers)
@@ -57,7 +58,7 @@ def gguf_name(canonical: str, fused_qkv: bool, fused_up: bool) -> str:
     if canonical in TOP:
         return TOP[canonical]
     _, _, layer, *_, stem, suffix = canonical.split(".")
-    part = (NAMES | {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"})[stem]
+    part = (NAMES | {"q_norm": "attn_q_norm", "k_norm": "attn_k_norm"} | OUTER)[stem]
     if fused_qkv and part in ("attn_q", "attn_k", "attn_v"):
         part = "attn_qkv"
     return f"blk.{layer}.{'ffn_up' if fused_up and part == 'ffn_gate' else part}.{suffix}"
@@ -107,6 +108,7 @@ CASES: list[tuple[str, str, Edit]] = [
     ("granite_for_minicpm", "granite", scales),
     ("chatglm2", "chatglm", nothing),
     ("glm4_hf", "chatglm", nothing),
+    ("glm4_0414", "glm4", nothing),
 ]
 
 

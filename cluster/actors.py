@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flm.cluster.control.inventory import nodes_of, rank_resources
 from flm.cluster.control.placement import Node
-from flm.cluster.control.ranks import Adopted, RankReport
+from flm.cluster.control.ranks import Adopted, RankEnd, RankReport
 from flm.cluster.gateway.router import ReplicaRoute
 from flm.cluster.replica.rank_process import RankProcess, sigkill
 from flm.cluster.settings.config import is_loopback
@@ -169,13 +169,14 @@ class RayRank:
         self._end = actor.ended.remote()  # pending for as long as the rank lives: its death is an answer
         self._began = time.time()
 
-    async def ended(self) -> str:
+    async def ended(self) -> RankEnd:
         try:
-            return str(await self._end)
+            end: RankEnd = await self._end
+            return end
         except ActorDiedError:
-            return "died"
+            return RankEnd("died")
         except RayError as error:
-            return f"was lost: {type(error).__name__}"
+            return RankEnd(f"was lost: {type(error).__name__}")
 
     async def report(self) -> RankReport:
         report: RankReport = await self._actor.report.remote()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 
 class KernelError(Exception):
-    """Root of all errors that kernels raise."""
+    """Root of all errors that kernels raise. Where `permanent`, the same on the same machine fails again, until somebody
+    changes something."""
+
+    permanent: ClassVar[bool] = False
 
 
 class ShapeError(KernelError):
@@ -20,9 +24,13 @@ class DTypeError(KernelError):
 class UnsupportedFormat(KernelError):
     """A weight format that these kernels do not know."""
 
+    permanent = True
+
 
 class OpenMPMissing(KernelError):
     """numba found no OpenMP runtime."""
+
+    permanent = True
 
     def __init__(self, found: str) -> None:
         super().__init__(
@@ -61,12 +69,16 @@ class CollectiveFailed(CollectiveError):
 class ToolkitMissing(KernelError):
     """NVRTC or CUDA's headers are not installed."""
 
+    permanent = True
+
     def __init__(self, found: str, packages: str) -> None:
         super().__init__(f"{found}; they come with pip install 'flm-cluster[cuda13]' ({packages})")
 
 
 class UnsupportedDevice(KernelError):
     """No GPU, no driver for it, or one that these kernels do not run on."""
+
+    permanent = True
 
 
 class DeviceFailed(KernelError):
@@ -81,6 +93,8 @@ class DeviceFailed(KernelError):
 
 class CompileError(KernelError):
     """NVRTC refused a kernel; `log` is what it said."""
+
+    permanent = True
 
     def __init__(self, what: str, log: str) -> None:
         self.log = log

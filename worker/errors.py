@@ -7,18 +7,22 @@ a status with google.rpc details. An error not in this tree is a bug of ours and
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class FlmError(Exception):
-    """Base of all errors meant for users; `code` is the name of the gRPC status it maps to."""
+    """Base of all errors meant for users; `code` is the name of the gRPC status it maps to. Where `permanent`, trying the
+    same again on the same machine meets it again, until somebody changes something."""
 
     code: str = "INTERNAL"
+    permanent: ClassVar[bool] = False
 
 
 class InvalidRequest(FlmError):
     """A request field is wrong. `field` names it as the proto does, e.g. `sampling.temperature`."""
 
     code = "INVALID_ARGUMENT"
+    permanent = True
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
@@ -30,6 +34,7 @@ class ConfigError(FlmError):
     """A configuration file is wrong: where (file, line, field), what, and what was expected."""
 
     code = "INVALID_ARGUMENT"
+    permanent = True
 
     def __init__(self, message: str, *, file: str = "", line: int = 0, field: str = "") -> None:
         place = f"{file}:{line}" if line else file
@@ -41,6 +46,7 @@ class CheckpointError(FlmError):
     """A checkpoint is missing, truncated, corrupt or of an unsupported kind."""
 
     code = "FAILED_PRECONDITION"
+    permanent = True
 
     def __init__(self, file: str, message: str) -> None:
         super().__init__(f"{file}: {message}")
@@ -51,12 +57,20 @@ class BackendUnavailable(FlmError):
     """This machine lacks something the kernels need; the message says what to install."""
 
     code = "FAILED_PRECONDITION"
+    permanent = True
 
 
 class DoesNotFit(FlmError):
     """The plan needs more memory, cores or devices than the hardware has."""
 
     code = "FAILED_PRECONDITION"
+    permanent = True
+
+
+class OutOfMemory(DoesNotFit):
+    """Memory that sufficed while a rank loaded ran out later: started again, it may last."""
+
+    permanent = False
 
 
 class ModelNotFound(FlmError):

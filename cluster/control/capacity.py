@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from flm.cluster.control.group import ReplicaGroup
 from flm.cluster.control.group_spec import footprint, ranks_per_node
@@ -13,6 +13,7 @@ from flm.cluster.control.ranks import RankHost
 from flm.cluster.control.reconcile import Phase
 from flm.cluster.settings.config import ClusterConfig
 from flm.cluster.state import Desired
+from flm.worker.errors import DoesNotFit
 
 LOOK_TIMEOUT = 2.0  # seconds
 
@@ -27,14 +28,28 @@ class Capacity:
     async def place(
         self, replica_id: str, model: str, groups: Iterable[ReplicaGroup], desired: Desired
     ) -> Node:
-        """The node for a replica beside the `groups` that run. DoesNotFit says which node is short of what."""
+        """The node for a replica beside the `groups` that run; one where its model failed for a reason that stays only
+        where no other has room. DoesNotFit says which node is short of what."""
         await self._look()
+        return self._choose(replica_id, model, list(groups), desired)
+
+    def has_other(self, group: ReplicaGroup, groups: Iterable[ReplicaGroup], desired: Desired) -> bool:
+        """Whether a replica that failed has room on a node, as last seen, where its model has not failed for a reason
+        that stays."""
+        groups = list(groups)
+        try:
+            node = self._choose(group.replica_id, group.spec.model, groups, desired)
+        except DoesNotFit:
+            return False
+        return node.node_id not in _refused(group.spec.model, groups)
+
+    def _choose(self, replica_id: str, model: str, groups: Sequence[ReplicaGroup], desired: Desired) -> Node:
         held = [g for g in groups if g.node_id]
         wanted = [self._footprint(g.replica_id, g.spec.model, desired) for g in held]
         if replica_id not in {g.replica_id for g in held}:
             wanted.append(self._footprint(replica_id, model, desired))
         placed = {g.replica_id: g.node_id for g in held if g.phase is not Phase.FAILED}
-        chosen = place(wanted, self._nodes, placed)[replica_id]
+        chosen = place(wanted, self._nodes, placed, _refused(model, groups))[replica_id]
         return next(node for node in self._nodes if node.node_id == chosen)
 
     async def check(self, desired: Desired) -> None:
@@ -59,3 +74,8 @@ class Capacity:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_TIMEOUT):
                 self._nodes = await self._host.nodes() or self._nodes
+
+
+def _refused(model: str, groups: Iterable[ReplicaGroup]) -> set[str]:
+    """Nodes on which a replica of the model met a fault that would come again."""
+    return {node_id for group in groups if group.spec.model == model for node_id in group.refused}

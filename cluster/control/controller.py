@@ -24,6 +24,7 @@ from flm.cluster.control.group_spec import group_spec
 from flm.cluster.control.history import History
 from flm.cluster.control.ranks import Adopted, GatewayLink, RankHost, RankLink, RankReport, within
 from flm.cluster.control.reconcile import (
+    GIVE_UP,
     Action,
     DrainReplica,
     KillReplica,
@@ -31,9 +32,7 @@ from flm.cluster.control.reconcile import (
     Phase,
     StartReplica,
     StopReplica,
-    count_failure,
     reconcile,
-    told_of_failure,
 )
 from flm.cluster.control.route_feed import RouteFeed
 from flm.cluster.settings.config import ClusterConfig, ModelSection, parse_config
@@ -135,10 +134,11 @@ class Controller:
                 await asyncio.to_thread(self._history.forget, replica_id)
             case KillReplica(replica_id, reason):
                 group = self.groups[replica_id]
-                group.failures = count_failure(group.view(now), now)
-                group.message, group.address = told_of_failure(replica_id, group.failures, reason), ""
-                group.enter(Phase.FAILED)
+                group.fell(reason, now)
                 self._event("replica_failed", group, group.message)
+                moves = group.permanent and group.failures < GIVE_UP
+                if moves and self._capacity.has_other(group, self.groups.values(), self.desired):
+                    group.message = ""  # it is the node's fault
                 self._end(group, orderly=False)
                 await asyncio.to_thread(self._history.note, group)
 
@@ -217,7 +217,7 @@ class Controller:
     # ------------------------------------------------------------------------------------- what operators ask
     async def scale(self, model: str, replicas: int) -> int:
         """Want `replicas` of `model` from now on; how many were wanted before. Nothing changes where it raises:
-        ModelNotFound, InvalidRequest outside the YAML's bounds, DoesNotFit."""
+        ModelNotFound, InvalidRequest outside the YAML's bounds, DoesNotFit. Replicas that failed are tried again."""
         if model not in self.desired.replicas:
             raise ModelNotFound(model, list(self.desired.replicas))
         bounds = self.config.model_named(model).replicas
@@ -227,6 +227,9 @@ class Controller:
             if replicas > (before := self.desired.replicas[model]):
                 await self._capacity.check(self.desired.scaled(model, replicas))
             await self._want(self.desired.scaled(model, replicas))
+            for group in (g for g in self.groups.values() if g.spec.model == model):
+                if group.phase is Phase.FAILED:
+                    await asyncio.to_thread(self._history.forgive, group)
         self.events.add("scaled", f"from {before} to {replicas}", model=model)
         return before
 
@@ -260,9 +263,7 @@ class Controller:
             if group.phase is Phase.READY:
                 await self._drain(group)
             elif group.phase is Phase.FAILED:
-                group.failures = 0
-                if replica_id in self._history:
-                    await asyncio.to_thread(self._history.note, group)
+                await asyncio.to_thread(self._history.forgive, group)
             elif group.phase is Phase.STARTING:
                 group.fault = "restarted by an operator"
         self.wake()

@@ -15,7 +15,7 @@ from typing import Any
 import grpc.aio
 
 from flm.cluster.control.ranks import RankLink, RankReport
-from flm.cluster.control.reconcile import Phase, ReplicaView
+from flm.cluster.control.reconcile import Phase, ReplicaView, count_failure, told_of_failure
 from flm.cluster.settings.units import format_bytes
 from flm.cluster.wire.listen import CHANNEL_OPTIONS
 from flm.cluster.wire.replica_messages import call_metadata
@@ -42,6 +42,8 @@ class ReplicaGroup:
     since: float = field(default_factory=time.monotonic)
     created: float = field(default_factory=time.monotonic)
     fault: str = ""
+    permanent: bool = False  # the fault: it would come again on the same node
+    refused: tuple[str, ...] = ()  # nodes on which the replica met such faults
     message: str = ""  # of the last failure, kept while the group is rebuilt
     restarts: int = 0
     failures: int = 0
@@ -70,6 +72,15 @@ class ReplicaGroup:
         cache = f"; KV cache of {report.kv_tokens:,} tokens" if report.kv_tokens else ""
         gpu = f", {format_bytes(taken)} of a GPU" if taken else ""
         return f"at {self.address} after {self.since - self.created:.1f} s{cache}{gpu}"
+
+    def fell(self, reason: str, now: float) -> None:
+        """It failed: nothing of it shall run until it is started again."""
+        view = self.view(now)
+        self.failures = count_failure(view, now)
+        self.message, self.address = told_of_failure(view, self.failures, reason), ""
+        if self.permanent and self.node_id not in self.refused:
+            self.refused += (self.node_id,)
+        self.enter(Phase.FAILED)
 
     def enter(self, phase: Phase) -> None:
         self.phase, self.since, self.idle_looks = phase, time.monotonic(), 0
@@ -114,6 +125,7 @@ class ReplicaGroup:
             phase=self.phase,
             since=self.since,
             fault=self.fault,
+            hopeless=self.permanent and self.node_id in self.refused,
             silence=now - self.answered if answering else 0.0,
             missed=self.missed,
             stuck=max(beat.still, self.answered - self.stepped) if beat is not None else 0.0,
@@ -131,9 +143,10 @@ class ReplicaGroup:
         self._tasks[name] = asyncio.create_task(work)
 
     async def _watch_end(self, link: RankLink) -> None:
-        reason = await link.ended()
+        end = await link.ended()
         if not self.fault and self.ending is None:
-            why = reason or "stopped by itself"
+            why = end.reason or "stopped by itself"
+            self.permanent = end.permanent
             self.fault = why if why.startswith("rank ") else f"rank {link.rank}: {why}"
             self.wake()
 
@@ -153,6 +166,7 @@ class ReplicaGroup:
         ):
             self.address = self.reports[0].address
             self.answered = time.monotonic()
+            self.refused = tuple(node_id for node_id in self.refused if node_id != self.node_id)
             self.enter(Phase.READY)
             self.wake()
 

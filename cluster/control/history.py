@@ -14,11 +14,12 @@ HISTORY = "history.json"
 
 @dataclass(frozen=True)
 class Past:
-    """`failures`: quick ones in a row; `message`: of the last one."""
+    """`failures`: quick ones in a row; `message`: of the last one; `refused`: nodes that it would fail on again."""
 
     restarts: int = 0
     failures: int = 0
     message: str = ""
+    refused: tuple[str, ...] = ()
 
 
 class History:
@@ -38,9 +39,17 @@ class History:
         """Give a new group what is known of its replica."""
         past = self._pasts.get(group.replica_id, Past())
         group.restarts, group.failures, group.message = past.restarts, past.failures, past.message
+        group.refused = tuple(past.refused)
 
     def note(self, group: ReplicaGroup) -> None:
-        self._keep({**self._pasts, group.replica_id: Past(group.restarts, group.failures, group.message)})
+        past = Past(group.restarts, group.failures, group.message, group.refused)
+        self._keep({**self._pasts, group.replica_id: past})
+
+    def forgive(self, group: ReplicaGroup) -> None:
+        """An operator thinks that it can be started now."""
+        group.failures, group.refused = 0, ()
+        if group.replica_id in self._pasts:
+            self.note(group)
 
     def forget(self, replica_id: str) -> None:
         self._keep({name: past for name, past in self._pasts.items() if name != replica_id})

@@ -7,7 +7,7 @@ belongs to one rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flm.cluster.settings.units import format_bytes
@@ -48,9 +48,12 @@ class Group:
         return 0 if self.on_gpus else self.tensor_parallel * self.rank_memory
 
 
-def place(groups: Sequence[Group], nodes: Sequence[Node], placed: Mapping[str, str]) -> dict[str, str]:
+def place(
+    groups: Sequence[Group], nodes: Sequence[Node], placed: Mapping[str, str], shunned: Collection[str] = ()
+) -> dict[str, str]:
     """node_id of every group. `placed` (replica_id → node_id) are groups that stay where they are; those on nodes
-    that no longer exist are placed anew. DoesNotFit says which node is short of what."""
+    that no longer exist are placed anew, on those of `shunned` only where no other has room. DoesNotFit says which node is
+    short of what."""
     by_id = {node.node_id: node for node in nodes}
     chosen = {g.replica_id: placed[g.replica_id] for g in groups if placed.get(g.replica_id) in by_id}
     for group in groups:
@@ -62,7 +65,9 @@ def place(groups: Sequence[Group], nodes: Sequence[Node], placed: Mapping[str, s
         if not fitting:
             reasons = "; ".join(f"{by_id[i].name}: {text}" for i, text in shortages.items()) or "no nodes"
             raise DoesNotFit(f"replica {group.replica_id} fits on no node: {reasons}")
-        chosen[group.replica_id] = min(fitting, key=lambda i: (_load(group, by_id[i], held[i]), i))
+        chosen[group.replica_id] = min(
+            fitting, key=lambda i: (i in shunned, _load(group, by_id[i], held[i]), i)
+        )
     return chosen
 
 

@@ -29,13 +29,22 @@ class RankReport:
     gpu_bytes: int = 0  # what its cache, weights and workspace take of a GPU, as measured
 
 
+@dataclass(frozen=True)
+class RankEnd:
+    """Why a rank is over: `reason` is "" where it was asked to stop; where `permanent`, the same on the same node fails
+    again."""
+
+    reason: str = ""
+    permanent: bool = False
+
+
 class RankLink(Protocol):
     """One rank somewhere. All calls may take as long as the other side likes: the caller bounds them."""
 
     rank: int
 
-    async def ended(self) -> str:
-        """Wait until the rank is over; why, or "" when it was asked to stop. Returns at once when its process dies."""
+    async def ended(self) -> RankEnd:
+        """Wait until the rank is over. Returns at once when its process dies."""
         ...
 
     async def report(self) -> RankReport: ...

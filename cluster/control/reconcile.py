@@ -21,7 +21,7 @@ MAX_STARTING = 180.0  # seconds without progress while starting
 QUICK = 60.0  # a group that fails before it was ready for so long fails quickly
 MAX_QUICK = 5  # quick failures in a row before it is retried slowly
 SLOW_RETRY = 60.0
-GIVE_UP = 10  # quick failures in a row, after which only an operator has it started again
+GIVE_UP = 10  # quick failures in a row, after which only an operator has it started again; a hopeless one counts as all
 DRAIN_SETTLE = 0.5  # seconds for requests that were on their way when draining began
 
 
@@ -49,6 +49,7 @@ class ReplicaView:
     phase: Phase
     since: float  # when the phase began
     fault: str = ""  # a rank that died, a load that failed, a leader that gave up: names the rank
+    hopeless: bool = False  # the fault would come again, here and wherever else there is room
     silence: float = 0.0  # since the last answered heartbeat
     missed: int = 0  # heartbeats unanswered in a row
     stuck: float = (
@@ -97,15 +98,18 @@ def retry_delay(failures: int) -> float:
     return 0.0 if failures <= 1 else float(2 ** (failures - 2))
 
 
-def told_of_failure(replica_id: str, failures: int, reason: str) -> str:
+def told_of_failure(view: ReplicaView, failures: int, reason: str) -> str:
     """What operators read of a group that failed."""
     if failures < GIVE_UP:
         return reason
-    return f"{reason} (failed {failures} times in a row; given up: `flm-cluster restart {replica_id}` tries again)"
+    times = "for a reason that stays" if view.hopeless else f"{failures} times in a row"
+    return f"{reason} (failed {times}; given up: `flm-cluster restart {view.replica_id}` tries again)"
 
 
 def count_failure(view: ReplicaView, now: float) -> int:
     """`failures` of a group that fails now."""
+    if view.hopeless:
+        return GIVE_UP
     lasted = view.phase in (Phase.READY, Phase.DRAINING) and now - view.since >= QUICK
     return 1 if lasted else view.failures + 1
 

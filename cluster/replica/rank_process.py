@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from flm.cluster.control.ranks import RankReport
+from flm.cluster.control.ranks import RankEnd, RankReport
 from flm.kernels.errors import KernelError
 from flm.worker.errors import FlmError
 from flm.worker.group.rank import GroupSpec
@@ -45,10 +45,10 @@ class RankProcess:
         """`host` is the address of this node that other nodes can reach, `key` what rank 0's port asks for."""
         self.spec, self.rank, self._host, self._key, self._served = spec, rank, host, key, served
         self._phase, self._fraction, self._address = "starting", 0.0, ""
-        self._end: asyncio.Future[str] | None = None
+        self._end: asyncio.Future[RankEnd] | None = None
 
-    async def ended(self) -> str:
-        """Live, on the first call; wait for the end on all. Why it ended, or "" when it was asked to stop."""
+    async def ended(self) -> RankEnd:
+        """Live, on the first call; wait for the end on all."""
         if self._end is None:
             self._end = asyncio.ensure_future(self._live())
         return await asyncio.shield(self._end)
@@ -78,21 +78,18 @@ class RankProcess:
         if self._served is not None:
             await asyncio.to_thread(self._served.close)
 
-    async def _live(self) -> str:
+    async def _live(self) -> RankEnd:
         try:
             await self._serve()
             self._phase = "stopped"
-            return ""
-        except (
-            FlmError,
-            KernelError,
-        ) as error:  # KernelError: no OpenMP here, or a format kernels do not know
-            reason = str(error)
+            return RankEnd()
+        except (FlmError, KernelError) as error:  # KernelError: a format that kernels do not know
+            end = RankEnd(str(error), error.permanent)
         except Exception as error:
             log.exception("rank %d of %s failed", self.rank, self.spec.replica_id)
-            reason = f"internal error: {error!r}"
+            end = RankEnd(f"internal error: {error!r}")
         self._phase = "failed"
-        return reason
+        return end
 
     async def _serve(self) -> None:
         if self._served is None:

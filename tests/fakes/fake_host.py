@@ -10,17 +10,17 @@ from dataclasses import dataclass, field
 from fake_cluster import KEY, FakeReplica
 
 from flm.cluster.control.placement import Node
-from flm.cluster.control.ranks import Adopted, RankLink, RankReport
+from flm.cluster.control.ranks import Adopted, RankEnd, RankReport
 from flm.cluster.gateway.router import ReplicaRoute
 from flm.cluster.replica.rank_process import RankProcess
-from flm.worker.errors import CheckpointError
+from flm.worker.errors import FlmError
 from flm.worker.group.rank import GroupSpec
 
 
 class FakeRank:
     """What RankProcess carries. Rank 0 has a replica; the others wait."""
 
-    def __init__(self, rank: int, broken: bool) -> None:
+    def __init__(self, rank: int, broken: FlmError | None = None) -> None:
         self._rank, self._broken = rank, broken
         self._over = threading.Event()
         self.replica = FakeReplica()
@@ -28,7 +28,7 @@ class FakeRank:
     def load(self, on_progress: Callable[[float], None]) -> None:
         on_progress(0.5)
         if self._broken:
-            raise CheckpointError("weights.gguf", "truncated")
+            raise self._broken
 
     def connect(self, timeout: float) -> None:
         assert timeout > 0
@@ -45,8 +45,8 @@ class FakeRank:
 class FakeLink:
     """A RankLink to a rank in this loop. `die` is what SIGKILL does; `silent` what SIGSTOP does."""
 
-    def __init__(self, spec: GroupSpec, rank: int, broken: bool) -> None:
-        self.spec, self.rank = spec, rank
+    def __init__(self, spec: GroupSpec, rank: int, node_id: str, broken: FlmError | None) -> None:
+        self.spec, self.rank, self.node_id = spec, rank, node_id
         self.served = FakeRank(rank, broken)
         self.process = RankProcess(spec, rank, "127.0.0.1", KEY, self.served)
         self.silent = False
@@ -63,10 +63,10 @@ class FakeLink:
             self.served.close()
             self._life.cancel()
 
-    async def ended(self) -> str:
+    async def ended(self) -> RankEnd:
         life = asyncio.shield(self._life)
         await asyncio.wait({life, self._dead}, return_when=asyncio.FIRST_COMPLETED)
-        return life.result() if life.done() and not life.cancelled() else "died"
+        return life.result() if life.done() and not life.cancelled() else RankEnd("died")
 
     async def report(self) -> RankReport:
         if self.silent or not self.alive:
@@ -85,24 +85,27 @@ class FakeLink:
 
 @dataclass
 class FakeHost:
-    """A RankHost of one node with four cores."""
+    """A RankHost of nodes with four cores."""
 
     memory: int = 1 << 34
-    broken: bool = False  # checkpoints do not load
+    broken: FlmError | None = None  # why ranks do not load
+    names: tuple[str, ...] = ("n0",)  # of the nodes
+    sound: str = ""  # the node whose ranks load all the same
     links: list[FakeLink] = field(default_factory=list)
 
     async def nodes(self) -> list[Node]:
-        return [Node("n0", "here", 4, self.memory)]
+        return [Node(name, f"node {name}", 4, self.memory) for name in self.names]
 
     def launch(self, spec: GroupSpec, rank: int, node: Node) -> FakeLink:
-        self.links.append(FakeLink(spec, rank, self.broken))
+        broken = None if node.node_id == self.sound else self.broken
+        self.links.append(FakeLink(spec, rank, node.node_id, broken))
         return self.links[-1]
 
     async def adopt(self) -> list[Adopted]:
         found: dict[str, Adopted] = {}
         for link in self.living():
-            links: dict[int, RankLink] = found.setdefault(link.spec.run_dir, Adopted(link.spec, "n0")).links
-            links[link.rank] = link
+            group = found.setdefault(link.spec.run_dir, Adopted(link.spec, link.node_id))
+            group.links[link.rank] = link
         return list(found.values())
 
     def living(self) -> list[FakeLink]:

@@ -22,7 +22,13 @@ from flm.worker.communication.channel import (
     ZmqLeaderChannel,
 )
 from flm.worker.communication.comm import Communicator, LocalCommunicator, NotYetMet, connect_processes
-from flm.worker.errors import BackendUnavailable, ConfigError, DoesNotFit, FlmError, InvalidRequest
+from flm.worker.errors import (
+    BackendUnavailable,
+    ConfigError,
+    DoesNotFit,
+    InvalidRequest,
+    OutOfMemory,
+)
 from flm.worker.execution.caches import block_bytes, kv_blocks_for, kv_dtype, make_caches
 from flm.worker.execution.device_cache import HOST_KV_BYTES, Held, kv_budget, shortage
 from flm.worker.execution.model import Decoder
@@ -239,7 +245,7 @@ class Rank:
             except Exception as error:
                 failure = as_flm_error(error)
                 if isinstance(error, DeviceMemoryFull) and self._memory_facts:
-                    failure = DoesNotFit(f"{error}; {self._memory_facts}")
+                    failure = OutOfMemory(f"{error}; {self._memory_facts}")
                 self._channel.fail(str(failure))
                 self._comm.abort()
                 raise failure from error
@@ -274,7 +280,7 @@ def open_backend(device: str, threads: int, activations: str = "auto") -> Backen
         from flm.kernels.reference import ReferenceBackend
 
         return cast(Backend, ReferenceBackend())
-    raise FlmError(f"device {device!r}: expected cpu or cuda")
+    raise ConfigError(f"expected cpu or cuda, got {device!r}", field="device")
 
 
 def _context(spec: GroupSpec, trained: int) -> int:

@@ -16,16 +16,20 @@ from contextlib import contextmanager
 from flm.kernels.errors import (
     CollectiveError,
     CollectiveTimeout,
-    CompileError,
     DeviceFailed,
     DeviceMemoryFull,
     KernelError,
-    ToolkitMissing,
-    UnsupportedDevice,
 )
 from flm.worker.communication.channel import LeaderChannel
 from flm.worker.config import ModelConfig
-from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, InternalError, RankFailed, Unavailable
+from flm.worker.errors import (
+    BackendUnavailable,
+    FlmError,
+    InternalError,
+    OutOfMemory,
+    RankFailed,
+    Unavailable,
+)
 from flm.worker.execution.runner import Runner
 from flm.worker.limits import Load
 from flm.worker.plan import StepPlan, StepResult
@@ -228,9 +232,9 @@ def as_flm_error(error: Exception) -> FlmError:
     if isinstance(error, CollectiveError):
         return RankFailed(str(error))
     if isinstance(error, DeviceMemoryFull):
-        return DoesNotFit(str(error))
+        return OutOfMemory(str(error))
     if isinstance(error, DeviceFailed):
         return RankFailed(str(error))
-    if isinstance(error, UnsupportedDevice | ToolkitMissing | CompileError):
+    if isinstance(error, KernelError) and error.permanent:
         return BackendUnavailable(str(error))
     return InternalError(f"{type(error).__name__}: {error}")

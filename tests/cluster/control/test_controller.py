@@ -15,7 +15,7 @@ from controller_bench import Bench
 from flm.cluster.control import controller, reconcile
 from flm.cluster.control.reconcile import MAX_SILENCE, Phase
 from flm.cluster.state import Desired, load_desired
-from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound
+from flm.worker.errors import DoesNotFit, InvalidRequest, ModelNotFound, NotFound, RankFailed
 from flm.worker.request import Request
 
 GIB = 1 << 30
@@ -100,16 +100,16 @@ async def test_a_leader_that_gives_up_says_whom_it_blames(bench: Bench) -> None:
     assert bench.controller.groups["m-1"].message == "rank 1 hung: missing in a collective for 10 s"
 
 
-async def test_a_checkpoint_that_does_not_load_is_retried_slowly_and_shown(
+async def test_what_may_pass_is_retried_slowly_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconcile, "retry_delay", lambda failures: 0.0 if failures <= 1 else 3600.0)
     bench = Bench(tmp_path)
-    bench.host.broken = True
+    bench.host.broken = RankFailed("another rank is gone")
     bench.start()
     await bench.until(lambda: [g.failures for g in bench.controller.groups.values()] == [2, 2])
     await asyncio.sleep(0.7)
-    assert bench.controller.groups["m-0"].message.endswith("weights.gguf: truncated")
+    assert bench.controller.groups["m-0"].message.endswith("another rank is gone")
     assert len(bench.host.links) == 8, "two starts of two groups: at once, then after the delay"
     assert bench.gateway.routes["m"] == {}
     await bench.kill()

@@ -52,6 +52,15 @@ def test_what_runs_stays_and_what_lost_its_node_moves() -> None:
     assert place(groups, [SMALL, LARGE], {"m-0": "a", "m-1": "gone"}) == {"m-0": "a", "m-1": "b"}
 
 
+def test_a_node_that_failed_a_model_is_taken_only_where_no_other_has_room() -> None:
+    small, large = [Group("m-0", 1, GIB)], [Group("m-0", 8, GIB)]
+    assert place(small, [SMALL, LARGE], {}, {"a"}) == {"m-0": "b"}
+    assert place(small, [SMALL, LARGE], {}, {"b"}) == {"m-0": "a"}
+    assert place(small, [SMALL, LARGE], {}, {"a", "b"}) == {"m-0": "a"}
+    assert place(large, [SMALL, LARGE], {}, {"b"}) == {"m-0": "b"}
+    assert place(small, [SMALL, LARGE], {"m-0": "a"}, {"a"}) == {"m-0": "a"}, "what runs stays"
+
+
 def test_threads_are_an_equal_share_of_the_cores() -> None:
     assert [threads_per_rank(LARGE, ranks) for ranks in (0, 1, 3, 8, 20)] == [8, 8, 2, 1, 1]
 

@@ -77,9 +77,18 @@ def test_what_fails_over_and_over_is_given_up_and_says_so() -> None:
     assert act(1, failed, now=NOW + SLOW_RETRY) == [StartReplica("m-0", "m")]
     assert act(1, replace(failed, failures=GIVE_UP), now=NOW + 1e6) == []
     assert act(0, replace(failed, failures=GIVE_UP)) == [StopReplica("m-0", "no longer wanted")]
-    assert told_of_failure("m-0", GIVE_UP - 1, "rank 0: died") == "rank 0: died"
-    assert "rank 0: died (failed 10 times" in told_of_failure("m-0", GIVE_UP, "rank 0: died")
-    assert "`flm-cluster restart m-0`" in told_of_failure("m-0", GIVE_UP, "rank 0: died")
+    assert told_of_failure(failed, GIVE_UP - 1, "rank 0: died") == "rank 0: died"
+    assert "rank 0: died (failed 10 times" in told_of_failure(failed, GIVE_UP, "rank 0: died")
+    assert "`flm-cluster restart m-0`" in told_of_failure(failed, GIVE_UP, "rank 0: died")
+
+
+def test_what_is_hopeless_is_given_up_at_once() -> None:
+    starting = view("m-0", Phase.STARTING, fault="rank 0: no driver", hopeless=True)
+    assert act(1, starting) == [KillReplica("m-0", "rank 0: no driver")]
+    assert count_failure(starting, NOW) == GIVE_UP
+    assert "(failed for a reason that stays; given up: `flm-cluster restart m-0`" in told_of_failure(
+        starting, GIVE_UP, "rank 0: no driver"
+    )
 
 
 def test_only_quick_failures_add_up() -> None:

@@ -8,17 +8,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 from fake_host import FakeRank
 
 from flm.cluster.control.group import ReplicaGroup
-from flm.cluster.control.ranks import RankReport
+from flm.cluster.control.ranks import RankEnd, RankReport
 from flm.cluster.replica.rank_process import RankProcess, sigkill
-from flm.worker.errors import RankFailed
+from flm.kernels.errors import UnsupportedDevice
+from flm.worker.errors import CheckpointError, OutOfMemory, RankFailed
 from flm.worker.group.rank import GroupSpec
 
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 SPEC = GroupSpec("m-0", "m", "/nowhere", tensor_parallel=2)
 
 
@@ -29,7 +33,7 @@ async def reach(process: RankProcess, phase: str) -> None:
 
 
 async def test_a_leader_serves_until_it_is_stopped() -> None:
-    process = RankProcess(SPEC, 0, "127.0.0.1", "key", FakeRank(0, broken=False))
+    process = RankProcess(SPEC, 0, "127.0.0.1", "key", FakeRank(0))
     assert (await process.report()).phase == "starting"
     ends = [
         asyncio.create_task(process.ended()) for _ in range(2)
@@ -39,29 +43,46 @@ async def test_a_leader_serves_until_it_is_stopped() -> None:
     assert report.address.startswith("127.0.0.1:")
     assert (report.fraction, report.pid > 0, report.resident_bytes > 0) == (1.0, True, True)
     await process.stop()
-    assert await asyncio.gather(*ends) == ["", ""]
+    assert await asyncio.gather(*ends) == [RankEnd(), RankEnd()]
     assert (await process.report()).phase == "stopped"
 
 
 async def test_a_leader_that_fails_says_why() -> None:
-    rank = FakeRank(0, broken=False)
+    rank = FakeRank(0)
     process = RankProcess(SPEC, 0, "127.0.0.1", "key", rank)
     end = asyncio.create_task(process.ended())
     await reach(process, "ready")
     rank.replica.fail("rank 1 hung")
-    assert await end == "rank 1 hung"
+    assert await end == RankEnd("rank 1 hung")
     assert (await process.report()).phase == "failed"
 
 
 async def test_a_load_that_fails_ends_the_rank_with_the_typed_message() -> None:
-    process = RankProcess(SPEC, 1, "127.0.0.1", "key", FakeRank(1, broken=True))
-    assert await process.ended() == "weights.gguf: truncated"
+    process = RankProcess(
+        SPEC, 1, "127.0.0.1", "key", FakeRank(1, CheckpointError("weights.gguf", "truncated"))
+    )
+    assert await process.ended() == RankEnd("weights.gguf: truncated", permanent=True)
     assert (await process.report()).fraction == 0.5
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (replace(SPEC, path="/nowhere"), "/nowhere"),
+        (replace(SPEC, path=str(GOLDEN / "llama2"), device="tpu"), "device: expected cpu or cuda, got 'tpu'"),
+    ],
+)
+async def test_a_real_rank_that_cannot_load_says_that_trying_again_will_not_do(
+    spec: GroupSpec, words: str, tmp_path: Path
+) -> None:
+    end = await RankProcess(replace(spec, run_dir=str(tmp_path)), 1, "127.0.0.1", "key").ended()
+    assert words in end.reason
+    assert end.permanent
 
 
 class Failing(FakeRank):
     def __init__(self, error: Exception) -> None:
-        super().__init__(1, broken=False)
+        super().__init__(1)
         self.error = error
         self.closed = False
 
@@ -73,15 +94,17 @@ class Failing(FakeRank):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "end"),
     [
-        (RankFailed("the leader is gone"), "the leader is gone"),
-        (KeyError("x"), "internal error: KeyError('x')"),
+        (RankFailed("the leader is gone"), RankEnd("the leader is gone")),
+        (OutOfMemory("the GPU has no room"), RankEnd("the GPU has no room")),
+        (UnsupportedDevice("no driver"), RankEnd("no driver", permanent=True)),
+        (KeyError("x"), RankEnd("internal error: KeyError('x')")),
     ],
 )
-async def test_a_follower_that_fails_lets_go_of_its_group(error: Exception, said: str) -> None:
+async def test_a_follower_that_fails_lets_go_of_its_group(error: Exception, end: RankEnd) -> None:
     rank = Failing(error)
-    assert await RankProcess(SPEC, 1, "127.0.0.1", "key", rank).ended() == said
+    assert await RankProcess(SPEC, 1, "127.0.0.1", "key", rank).ended() == end
     assert rank.closed
 
 
@@ -93,7 +116,7 @@ async def test_progress_is_seen_while_weights_load() -> None:
             on_progress(0.25)
             assert go_on.wait(60)
 
-    process = RankProcess(SPEC, 1, "127.0.0.1", "key", Slow(1, broken=False))
+    process = RankProcess(SPEC, 1, "127.0.0.1", "key", Slow(1))
     end = asyncio.create_task(process.ended())
     await reach(process, "loading")
     async with asyncio.timeout(60):

@@ -22,6 +22,7 @@ SAMPLES = [
     errors.CheckpointError("model.gguf", "truncated"),
     errors.BackendUnavailable("no OpenMP"),
     errors.DoesNotFit("needs 3 GiB"),
+    errors.OutOfMemory("the GPU has no room for 3 MiB more"),
     errors.ModelNotFound("a", ["b"]),
     errors.AdapterNotFound("a", ["b"]),
     errors.NotFound("replica r-1"),

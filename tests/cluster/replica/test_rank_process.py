@@ -22,7 +22,7 @@ from flm.kernels.errors import UnsupportedDevice
 from flm.worker.errors import CheckpointError, OutOfMemory, RankFailed
 from flm.worker.group.rank import GroupSpec
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 SPEC = GroupSpec("m-0", "m", "/nowhere", tensor_parallel=2)
 
 

@@ -30,11 +30,14 @@ class Limits:
                 raise ConfigError(f"expected at least {low}, got {getattr(self, name)}", field=name)
 
     def check(self, request: Request, vocab_size: int, context_limit: int) -> None:
-        """InvalidRequest unless the request's ids are in the vocabulary and its context leaves room for at
-        least one token; AdapterNotFound. `context_limit`: max_context, or less where the KV cache is smaller than that."""
-        adapter = request.params.adapter
+        """InvalidRequest unless the request's ids are in the vocabulary, which has as many as it wants the
+        log-probabilities of, and its context leaves room for at least one token; AdapterNotFound. `context_limit`:
+        max_context, or less where the KV cache is smaller than that."""
+        adapter, tops = request.params.adapter, request.params.logprobs or 0
         if adapter and adapter not in self.adapters:
             raise AdapterNotFound(adapter, self.adapters)
+        if tops > vocab_size:
+            raise InvalidRequest("logprobs", f"expected 0 to {vocab_size}, as the vocabulary has, got {tops}")
         prompt, resumed = request.prompt_ids, request.resumed_ids
         for field, ids in (("prompt", prompt), ("resumed_ids", resumed)):
             if ids and (min(ids) < 0 or max(ids) >= vocab_size):

@@ -15,6 +15,7 @@ DEFAULT_MAX_TOKENS = 1024
 MAX_N = 16
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # bytes
+MAX_STOP_IDS = 256  # each token of the stream is looked up among them
 MAX_NAME_LENGTH = 256  # characters of request_id and cache_salt
 ROLES = ("system", "user", "assistant")
 
@@ -55,22 +56,18 @@ def admit(
     num_prompt: int,
     max_context: int,
     defaults: Mapping[str, float] = MappingProxyType({}),
+    vocab_size: int = 2**31 - 1,
 ) -> Options:
     """Check everything of a request whose prompt has `num_prompt` tokens, for a model with a context of
     `max_context` tokens and its own `defaults` of sampling fields. InvalidRequest names the first wrong field."""
-    if num_prompt < 1:
-        raise InvalidRequest("prompt", "expected at least one token, got none")
-    if num_prompt >= max_context:
-        raise InvalidRequest(
-            "prompt", f"{num_prompt} tokens leave no room for output in a context of {max_context} tokens"
-        )
+    check_prompt_length(num_prompt, max_context)
     n = options.n if options.HasField("n") else 1
     if not 1 <= n <= MAX_N:
         raise InvalidRequest("sampling.n", f"expected 1 to {MAX_N}, got {n}")
     stops = _stops(options.stop)
     return Options(
         request_id=_name(options, "request_id") or secrets.token_hex(8),
-        params=_params(options, max_context - num_prompt, defaults),
+        params=_params(options, max_context - num_prompt, defaults, vocab_size),
         stops=stops,
         n=n,
         echo=options.echo,
@@ -79,8 +76,29 @@ def admit(
     )
 
 
-def _params(options: flm_pb2.SamplingOptions, room: int, defaults: Mapping[str, float]) -> SamplingParams:
+def check_prompt_length(num_prompt: int, max_context: int) -> None:
+    """Refuse a prompt without tokens, and one that leaves no room for output."""
+    if num_prompt < 1:
+        raise InvalidRequest("prompt", "expected at least one token, got none")
+    if num_prompt >= max_context:
+        raise InvalidRequest(
+            "prompt", f"{num_prompt} tokens leave no room for output in a context of {max_context} tokens"
+        )
+
+
+def _params(
+    options: flm_pb2.SamplingOptions, room: int, defaults: Mapping[str, float], vocab_size: int
+) -> SamplingParams:
     given = {name: getattr(options, name) for name in _PLAIN if options.HasField(name)}
+    if len(options.stop_token_ids) > MAX_STOP_IDS:
+        raise InvalidRequest(
+            "sampling.stop_token_ids",
+            f"expected at most {MAX_STOP_IDS} token ids, got {len(options.stop_token_ids)}",
+        )
+    if options.logprobs > vocab_size:
+        raise InvalidRequest(
+            "sampling.logprobs", f"expected 0 to {vocab_size}, as the vocabulary has, got {options.logprobs}"
+        )
     try:
         return SamplingParams(
             max_tokens=options.max_tokens
@@ -118,10 +136,13 @@ def _name(options: flm_pb2.SamplingOptions, field: str) -> str:
     return value
 
 
-def check_messages(messages: Sequence[flm_pb2.Message]) -> list[dict[str, str]]:
-    """Messages as chat templates take them."""
-    if not messages:
-        raise InvalidRequest("messages", "expected at least one message, got none")
+def check_messages(messages: Sequence[flm_pb2.Message], max_context: int) -> list[dict[str, str]]:
+    """Messages as chat templates take them; each is a token of the context at least."""
+    if not 1 <= len(messages) < max_context:
+        raise InvalidRequest(
+            "messages",
+            f"expected 1 to {max_context - 1} messages for a context of {max_context} tokens, got {len(messages)}",
+        )
     for index, message in enumerate(messages):
         if message.role not in ROLES:
             raise InvalidRequest(

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import grpc.aio
 
-from flm.cluster.gateway.admission import Options, admit, check_ids, check_messages
+from flm.cluster.gateway.admission import Options, admit, check_ids, check_messages, check_prompt_length
 from flm.cluster.gateway.completion import Completion, Write
 from flm.cluster.gateway.resume import TokenStream
 from flm.cluster.gateway.served_model import LoadedModel
@@ -42,6 +42,7 @@ class Inference(flm_pb2_grpc.InferenceServicer):
             _check_length(model, prompt)
             prompt_ids = await _encode(model, prompt, True)
         else:
+            check_prompt_length(len(request.prompt_ids.ids), model.spec.max_context)
             prompt_ids = list(request.prompt_ids.ids)
             check_ids(prompt_ids, model.tokenizer.vocab_size, "prompt_ids.ids")
             prompt = await _decode(model, prompt_ids) if request.sampling.echo else ""
@@ -50,7 +51,7 @@ class Inference(flm_pb2_grpc.InferenceServicer):
     @typed_errors
     async def Chat(self, request: flm_pb2.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         model = self._model(request.model)
-        messages = check_messages(request.messages)
+        messages = check_messages(request.messages, model.spec.max_context)
         prompt, text = await model.chats.render(messages)
         _check_length(model, text)
         prompt_ids = await _off_loop(text, prompt.encode)
@@ -66,7 +67,8 @@ class Inference(flm_pb2_grpc.InferenceServicer):
         *,
         chat: bool,
     ) -> None:
-        options = admit(request.sampling, len(prompt_ids), model.spec.max_context, model.sampling)
+        most, vocab_size = model.spec.max_context, model.tokenizer.vocab_size
+        options = admit(request.sampling, len(prompt_ids), most, model.sampling, vocab_size)
         options = model.with_ends(model.with_adapter(options, request.adapter), chat=chat)
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining

@@ -11,6 +11,7 @@ from fake_ranks import VOCAB, World
 from flm.proto import flm_pb2
 from flm.worker.errors import ConfigError, InvalidRequest
 from flm.worker.limits import Limits, Load
+from flm.worker.request import Request, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,13 @@ def test_requests_that_can_never_run_are_refused(
     assert caught.value.field == field
     assert not world.scheduler.has_work
     world.scheduler.check()
+
+
+def test_more_log_probabilities_than_tokens_are_refused() -> None:
+    check = lambda k: Limits().check(Request("a", (1, 2), SamplingParams(logprobs=k)), 8, 64)
+    check(8)
+    with pytest.raises(InvalidRequest, match="logprobs: expected 0 to 8, as the vocabulary has, got 9"):
+        check(9)
 
 
 def test_load_has_the_fields_of_the_protocol() -> None:

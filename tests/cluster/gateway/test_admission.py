@@ -29,7 +29,9 @@ def options(**fields: Any) -> flm_pb2.SamplingOptions:
         ({"presence_penalty": math.nan}, "sampling.presence_penalty"),
         ({"frequency_penalty": -1e9}, "sampling.frequency_penalty"),
         ({"stop_token_ids": [-1]}, "sampling.stop_token_ids"),
+        ({"stop_token_ids": range(257)}, "sampling.stop_token_ids"),
         ({"logprobs": 21}, "sampling.logprobs"),
+        ({"logprobs": 11}, "sampling.logprobs"),
         ({"n": 0}, "sampling.n"),
         ({"n": 17}, "sampling.n"),
         ({"stop": [b"ok", b"\xff\xfe"]}, "sampling.stop[1]"),
@@ -40,7 +42,7 @@ def options(**fields: Any) -> flm_pb2.SamplingOptions:
 )
 def test_wrong_fields(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        admit(options(**fields), 4, 100)
+        admit(options(**fields), 4, 100, vocab_size=10)
     assert caught.value.field == field
     assert "expected" in caught.value.message
 
@@ -77,11 +79,12 @@ def test_seeds_of_n_streams() -> None:
 
 def test_messages() -> None:
     message = flm_pb2.Message
-    assert check_messages([message(role="user", content="x")]) == [{"role": "user", "content": "x"}]
-    with pytest.raises(InvalidRequest, match="messages: expected at least one"):
-        check_messages([])
+    assert check_messages([message(role="user", content="x")], 9) == [{"role": "user", "content": "x"}]
+    for count in (0, 9):
+        with pytest.raises(InvalidRequest, match=f"messages: expected 1 to 8 .* 9 tokens, got {count}"):
+            check_messages([message(role="user")] * count, 9)
     with pytest.raises(InvalidRequest, match=r"messages\[1\].role: expected one of system, user, assistant"):
-        check_messages([message(role="user"), message(role="wizard")])
+        check_messages([message(role="user"), message(role="wizard")], 9)
 
 
 def test_token_ids() -> None:

@@ -67,12 +67,20 @@ class CollectiveFailed(CollectiveError):
 
 
 class ToolkitMissing(KernelError):
-    """NVRTC or CUDA's headers are not installed."""
+    """A library of CUDA's, or its headers, is not installed; `extra` of this package brings it."""
 
     permanent = True
 
-    def __init__(self, found: str, packages: str) -> None:
-        super().__init__(f"{found}; they come with pip install 'flm-cluster[cuda13]' ({packages})")
+    def __init__(self, found: str, packages: str, extra: str = "cuda13") -> None:
+        super().__init__(f"{found}; they come with pip install 'flm-cluster[{extra}]' ({packages})")
+
+
+class LibraryFailed(KernelError):
+    """A call of one of NVIDIA's libraries reported an error: its number and what it stands for."""
+
+    def __init__(self, call: str, status: int, said: str) -> None:
+        self.status = status
+        super().__init__(f"{call}: {said} (status {status})")
 
 
 class UnsupportedDevice(KernelError):

@@ -25,6 +25,7 @@ def group_spec(model: ModelSection, facts: ModelFacts, replica_id: str, run_root
         expert_parallel=model.expert_parallel,
         quantization=model.quantization,
         activations=model.activations,
+        matmul=model.matmul,
         kv_dtype=model.kv_cache.dtype,
         kv_bytes=model.kv_cache.memory,
         gpu_memory=model.gpu_memory,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from flm.cluster.planning.shapes import Shapes
 from flm.kernels.cuda import step_calls
+from flm.kernels.cuda.library_products import MOST_BYTES
 from flm.kernels.staging import HostMemory
 from flm.worker.adapters.adapter import AdapterSource
 from flm.worker.config import ShardSpec
@@ -30,6 +31,7 @@ class Demand:
     replicas: int = 1
     quantization: str = "auto"
     activations: str = "auto"
+    matmul: str = "exact"
     kv_dtype: str = "auto"
     kv_memory: int = 0  # 0: 1 GiB on CPUs, on GPUs what gpu_memory leaves
     gpu_memory: float = GPU_SHARE  # share of a GPU's memory that a rank may fill
@@ -82,6 +84,8 @@ def check_cut(demand: Demand, shapes: Shapes) -> None:
         raise ConfigError(
             f"expected auto on cpu, which computes in float32, got {demand.activations}", field="activations"
         )
+    if demand.device == "cpu" and demand.matmul != "exact":
+        raise ConfigError(f"expected exact on cpu, got {demand.matmul}", field="matmul")
     if demand.kv_dtype not in ("auto", *_kv_dtypes(demand)):
         known = " or ".join(_kv_dtypes(demand))
         raise ConfigError(
@@ -112,7 +116,7 @@ def rank_sizes(demand: Demand, shapes: Shapes) -> tuple[list[RankSize], KVPlan]:
     ]
     adapters = shapes.adapters(demand.adapters)
     weights = [(*_weights(demand, shapes, s), sum(a.nbytes(s) for a in adapters)) for s in shards]
-    runtime = RUNTIME_BYTES[demand.device]
+    runtime = RUNTIME_BYTES[demand.device] + (MOST_BYTES if demand.matmul == "cublas" else 0)
     beside = max(held + adapted for held, _, adapted in weights) + runtime
     kv = _kv(demand, shapes, shards[0], _kv_budget(demand, beside))
     cached, share = kv.blocks * kv.bytes_per_token * demand.block_size, demand.gpu_memory

@@ -20,6 +20,7 @@ from flm.cluster.settings.config import ClusterConfig, ModelSection
 from flm.cluster.settings.hardware import Hardware, measure_hardware, named_hardware
 from flm.cluster.settings.units import format_bytes, format_count
 from flm.cluster.state import ModelFacts
+from flm.kernels.cuda.inventory import missing_cublas
 from flm.worker.errors import CheckpointError, ConfigError, DoesNotFit
 from flm.worker.execution.device_support import missing_on_gpus
 
@@ -51,6 +52,7 @@ class ModelPlan:
     replicas: int
     tensor_parallel: int
     device: str  # cpu or cuda, of every rank
+    matmul: str  # exact or cublas
     rank_bytes: int  # of the largest rank
     rank_parts: tuple[int, int, int]  # weights, KV cache and all else, of the rank with the most weights
     vocab: int
@@ -102,7 +104,7 @@ class Plan:
         """A table for people: one row per rank; what concerns a whole replica stands at its rank 0."""
         source = "measured here" if self.hardware.measured else "as named in the file"
         models = [
-            f"{m.name}: {format_count(m.parameters)} parameters, {m.precision}{_with_adapters(m)}"
+            f"{m.name}: {format_count(m.parameters)} parameters, {m.precision}{_with_adapters(m)}{_by_cublas(m)}"
             for m in self.models
         ]
         title = "\n".join([f"Plan for hardware {source}; all figures are estimates.", *models])
@@ -143,6 +145,10 @@ def _with_adapters(model: ModelPlan) -> str:
     return f", and {format_bytes(most)} of adapters a rank" if most else ""
 
 
+def _by_cublas(model: ModelPlan) -> str:
+    return "; long prompts multiplied by cuBLAS" if model.matmul == "cublas" else ""
+
+
 def plan_cluster(config: ClusterConfig, hardware: Hardware | None = None) -> Plan:
     """The plan of a whole cluster.yaml: for `hardware`, else for what the file names, else for this machine.
 
@@ -163,6 +169,7 @@ def demand_of(model: ModelSection) -> Demand:
         replicas=model.replicas.start,
         quantization=model.quantization,
         activations=model.activations,
+        matmul=model.matmul,
         kv_dtype=model.kv_cache.dtype,
         kv_memory=model.kv_cache.memory,
         gpu_memory=model.gpu_memory,
@@ -190,6 +197,9 @@ def plan_demands(demands: list[Demand], hardware: Hardware) -> Plan:
             obstacles.append(
                 f"model {demand.name}: no kernels for {missing_there} on GPUs yet; expected device: cpu"
             )
+        by_cublas = demand.matmul == "cublas" and demand.device == "cuda" and hardware.measured
+        if by_cublas and (lacking := missing_cublas()):
+            obstacles.append(f"model {demand.name}: {lacking}")
         gpus = [node.gpu.memory for node in hardware.nodes if node.gpu is not None]
         demand = replace(demand, gpu_bytes=min(gpus, default=0))
         try:
@@ -239,6 +249,7 @@ def _plan_model(demand: Demand, shapes: Shapes, ledgers: list[NodeLedger]) -> tu
         replicas=demand.replicas,
         tensor_parallel=demand.tensor_parallel,
         device=demand.device,
+        matmul=demand.matmul,
         rank_bytes=max(size.total_bytes for size in sizes),
         rank_parts=_parts(max(sizes, key=lambda size: size.weight_bytes)),
         vocab=shapes.config.vocab,

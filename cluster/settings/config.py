@@ -166,6 +166,7 @@ class ModelSection(Section, AdapterFields, PromptFields):
     )
     quantization: Quantization = "auto"
     activations: Literal["auto", "bfloat16", "float16"] = "auto"
+    matmul: Literal["exact", "cublas"] = "exact"
     generation_config: Literal["auto", "none"] = "auto"
     kv_cache: KvCacheSection = KvCacheSection()
     max_context: Annotated[int, Field(ge=0)] = 0

@@ -3,12 +3,13 @@
 Activations are float16 or bfloat16, `activation`; the residual stream and logits are float32. Index arrays and sampling's
 results may be the host's own (NumPy): what they hold is moved when ops run, in graphs at every replay.
 
-Every op gives a token the same bits whatever else is in the step, and decode the same as prefill.
+Every op gives a token the same bits whatever else is in the step, and decode the same as prefill; but for products of many
+rows where `library` takes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,7 @@ from flm.kernels.cuda.classic import ClassicCalls
 from flm.kernels.cuda.experts import ExpertCalls
 from flm.kernels.cuda.graph import CudaGraph, GraphDevice, Mirrors, on_host
 from flm.kernels.cuda.latent import LatentCalls, LatentSpace
+from flm.kernels.cuda.library_products import LibraryProducts
 from flm.kernels.cuda.pack import CudaMatrix, pack
 from flm.kernels.cuda.recurrent import RecurrentCalls
 from flm.kernels.cuda.rope import CudaCache
@@ -34,12 +36,14 @@ Array = Any
 
 
 class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
-    """One GPU's ops. activation: "float16" or "bfloat16"."""
+    """One GPU's ops. activation: "float16" or "bfloat16". library: what takes products of many rows, if anything."""
 
-    def __init__(self, device: GraphDevice, activation: str = ACTIVATION) -> None:
+    def __init__(
+        self, device: GraphDevice, activation: str = ACTIVATION, library: LibraryProducts | None = None
+    ) -> None:
         if activation not in ("float16", "bfloat16"):
             raise DTypeError(f"float16 or bfloat16 activations expected, got {activation}")
-        self.device, self.activation = device, activation
+        self.device, self.activation, self.library = device, activation, library
         self._mirrors = Mirrors(device)
         self._graph: CudaGraph | None = None
         self._spaces: dict[tuple[int, int, int], AttentionSpace] = {}
@@ -100,10 +104,31 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, Recurren
         accumulate: bool = False,
     ) -> None:
         if weight.gather is None:
-            return self.in_order(lambda: linear.linear(self.device, x_TK, weight, out_TN, bias_N, accumulate))
+            return self.in_order(lambda: self._product(x_TK, weight, out_TN, bias_N, accumulate))
         gathered_TC = self._room("gathered", (len(x_TK), weight.columns), self.activation)
         self.in_order(lambda: linear.take_columns(self.device, x_TK, weight.gather, gathered_TC))
-        self.in_order(lambda: linear.linear(self.device, gathered_TC, weight, out_TN, bias_N, accumulate))
+        self.in_order(lambda: self._product(gathered_TC, weight, out_TN, bias_N, accumulate))
+
+    def _product(
+        self, x_TK: Array, weight: CudaMatrix, out_TN: Array, bias_N: Array | None, accumulate: bool
+    ) -> None:
+        library = self.library
+        if library is None or not library.product(self.device, x_TK, weight, out_TN, bias_N, accumulate):
+            linear.linear(self.device, x_TK, weight, out_TN, bias_N, accumulate)
+
+    def prepare(self, steps: Callable[[], None], ranks: int, on_progress: Callable[[float], None]) -> None:
+        library = self.library
+
+        def all_steps() -> None:
+            steps()
+            if library is not None:  # what it takes of these steps, it may leave of others with fewer tokens
+                self.library = None
+                try:
+                    steps()
+                finally:
+                    self.library = library
+
+        super().prepare(all_steps, ranks, on_progress)
 
     def embedding(
         self, weight: CudaMatrix, ids_T: Array, out_TE: Array, first_row: int = 0, scale: float = 1.0

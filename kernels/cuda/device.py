@@ -42,6 +42,7 @@ class CupyDevice:
         self._functions: dict[Kernel, Any] = {}
         self._staged: list[Any] = []
         self._errors = (runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError)
+        self.cuda = int(runtime.runtimeGetVersion()) // 1000  # CUDA's major version
         self.bus: str = runtime.deviceGetPCIBusId(ordinal)
 
     def prepare(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
@@ -101,6 +102,10 @@ class CupyDevice:
     def stream(self) -> int:
         """The address of the current stream."""
         return int(self._cp.cuda.get_current_stream().ptr)
+
+    def enqueue(self, call: Callable[[int], None]) -> None:
+        """Let a library put work on the current stream, whose address `call` gets."""
+        call(self.stream())
 
     def synchronize(self) -> None:
         """Wait for what was launched. Raises DeviceFailed where it met an error."""

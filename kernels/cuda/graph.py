@@ -40,6 +40,10 @@ class GraphDevice(Device, Protocol):
         """Compile those that are not yet, at once; progress(done, all, kernel) after each."""
         ...
 
+    def enqueue(self, call: Callable[[int], None]) -> None:
+        """Let a library put work on the current stream, whose address `call` gets."""
+        ...
+
     def record(self, calls: list[Callable[[], None]]) -> Callable[[], None]:
         """The calls' launches as one; the calls run once here, without launching."""
         ...

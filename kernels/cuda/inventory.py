@@ -6,8 +6,9 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from flm.kernels.cuda.cublas_lt import require_library
 from flm.kernels.cuda.jit import OLDEST_ARCH
-from flm.kernels.errors import UnsupportedDevice
+from flm.kernels.errors import ToolkitMissing, UnsupportedDevice
 
 CUPY_MISSING = "cupy is not installed: pip install 'flm-cluster[cuda13]' for drivers from 580, 'flm-cluster[cuda12]' for older"
 
@@ -24,6 +25,19 @@ class VisibleGpu:
 def installed() -> bool:
     """Whether CuPy is there to use GPUs with."""
     return importlib.util.find_spec("cupy") is not None
+
+
+def missing_cublas() -> str:
+    """What `matmul: cublas` lacks here, and what brings it; empty where nothing, or where CuPy is not there either."""
+    if not installed():
+        return ""
+    from cupy.cuda import runtime
+
+    try:
+        require_library(int(runtime.runtimeGetVersion()) // 1000)
+    except ToolkitMissing as error:
+        return str(error)
+    return ""
 
 
 def visible_gpus() -> list[VisibleGpu]:

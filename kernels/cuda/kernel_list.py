@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flm.kernels.cuda.graph import GraphDevice
@@ -27,3 +27,6 @@ class KernelList:
         self, kernel: Kernel, grid: tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
     ) -> None:
         self._found[kernel] = None
+
+    def enqueue(self, call: Callable[[int], None]) -> None:
+        """A library brings its own kernels."""

@@ -260,6 +260,10 @@ class EmulatedDevice:
         """Runs the calls at every launch: what they do not launch as kernels is not seen."""
         return lambda: [call() for call in calls] and None
 
+    def enqueue(self, call: Callable[[int], None]) -> None:
+        """What a library does, done at once."""
+        call(0)
+
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
     ) -> None:

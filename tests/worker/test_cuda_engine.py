@@ -11,8 +11,11 @@ import pytest
 from adapter_writer import random_factors, write_adapter
 from emulated_group import EmulatedGroup
 from emulator import EmulatedDevice
+from fake_cublas_lt import FakeCublasLt
 
+from flm.kernels.cuda import library_products
 from flm.kernels.cuda.backend import CudaBackend
+from flm.kernels.cuda.cublas_lt import CublasLt
 from flm.worker import Engine, SamplingParams
 from flm.worker import engine as engine_module
 from flm.worker.communication.comm_cuda import CudaCommunicator
@@ -101,6 +104,24 @@ def test_quantised_weights_and_cache(cuda: Any) -> None:
         got = engine.logits(ids)
         assert relative(got, want) < TOLERANCE["bfloat16"]
         np.testing.assert_array_equal(engine.logits(ids, chunk=5), got)
+
+
+def test_a_library_multiplies_long_prompts_only(
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, want = reference("llama31")
+    monkeypatch.setattr(library_products, "FEW", 8)
+    fake = FakeCublasLt()
+    products = library_products.LibraryProducts(CublasLt(fake, library_products.WORKSPACE), device)
+    monkeypatch.setattr(rank, "open_backend", lambda *_: CudaBackend(device, "bfloat16", products))
+    with Engine(GOLDEN / "llama31", device="cuda", max_sequences=4, max_step_tokens=len(ids)) as engine:
+        chosen, before = fake.chosen, len(fake.streams)  # while it was loaded, of a rehearsal
+        assert chosen and before
+        assert relative(engine.logits(ids), want) < TOLERANCE["bfloat16"]
+        after = len(fake.streams)
+        assert after > before
+        assert relative(engine.logits(ids, chunk=5), want) < TOLERANCE["bfloat16"]
+        assert (fake.chosen, len(fake.streams)) == (chosen, after)
 
 
 def test_greedy_tokens_are_those_of_the_cpu(cuda: Any) -> None:

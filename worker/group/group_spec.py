@@ -23,6 +23,7 @@ class GroupSpec:
     expert_parallel: bool = False  # spread a layer's experts over the ranks, whole
     quantization: str = "auto"
     activations: str = "auto"  # of GPUs: bfloat16 (auto) or float16; CPUs compute in float32
+    matmul: str = "exact"  # of GPUs: "cublas" lets that library multiply long prompts, whose bits then depend on the step
     kv_dtype: str = "auto"
     kv_bytes: int = 0  # per rank, at most; 0: 1 GiB of the host's memory, of a GPU's what gpu_memory leaves
     gpu_memory: float = 0.92  # share of a GPU's memory that may be filled

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from flm.kernels.backend import Backend
-from flm.kernels.errors import CompileError, DeviceMemoryFull, KernelError, ToolkitMissing
+from flm.kernels.errors import CompileError, DeviceMemoryFull, KernelError, LibraryFailed, ToolkitMissing
 from flm.worker.adapters.adapter import open_adapters
 from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.checkpoints.weights import load_weights, shard_spec
@@ -64,7 +64,7 @@ class Rank:
         )
         self.max_context = _context(spec, self.checkpoint.config.max_position)
         try:
-            self.backend = open_backend(spec.device, spec.threads, spec.activations)
+            self.backend = open_backend(spec.device, spec.threads, spec.activations, spec.matmul)
         except KernelError as error:  # no OpenMP, or more threads than numba was started with
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
         self._kv_dtype = kv_dtype(spec.kv_dtype, self.backend)
@@ -79,7 +79,7 @@ class Rank:
             kv = self.num_blocks * block_bytes(self.shard, spec.block_size, self._kv_dtype)
             planned = f"{kv / 2**20:,.0f} MiB of KV cache ({self.num_blocks * spec.block_size:,} tokens)"
             raise DoesNotFit(f"{self._who}, with {planned}: {error}") from error
-        except (ToolkitMissing, CompileError) as error:
+        except (ToolkitMissing, CompileError, LibraryFailed) as error:
             raise BackendUnavailable(f"device {spec.device}: {error}") from error
 
     @property
@@ -257,30 +257,38 @@ class Rank:
         self._comm.abort()
 
 
-def open_backend(device: str, threads: int, activations: str = "auto") -> Backend:
-    """The backend of a device name. "reference" is the slow NumPy specification of every op. activations: of GPUs.
+def open_backend(device: str, threads: int, activations: str = "auto", matmul: str = "exact") -> Backend:
+    """The backend of a device name. "reference" is the slow NumPy specification of every op. activations, matmul: of GPUs.
 
     Casts, because a backend takes back only weights and caches of its own making, which the protocol cannot say.
     """
-    known = ("auto", "bfloat16", "float16") if device == "cuda" else ("auto",)
-    if activations not in known:
-        raise ConfigError(
-            f"expected {' or '.join(known)} on {device}, got {activations!r}", field="activations"
-        )
+    on_gpu = device == "cuda"
+    for field, value, choices in (
+        ("activations", activations, ("auto", "bfloat16", "float16") if on_gpu else ("auto",)),
+        ("matmul", matmul, ("exact", "cublas") if on_gpu else ("exact",)),
+    ):
+        if value not in choices:
+            raise ConfigError(f"expected {' or '.join(choices)} on {device}, got {value!r}", field=field)
     if device == "cpu":
         from flm.kernels.cpu.backend import CpuBackend
 
         return cast(Backend, CpuBackend(threads=threads))
     if device == "cuda":
-        from flm.kernels.cuda.backend import CudaBackend
-        from flm.kernels.cuda.device import CupyDevice
-
-        return cast(Backend, CudaBackend(CupyDevice(), "float16" if activations == "float16" else "bfloat16"))
+        return cast(Backend, _open_gpu("float16" if activations == "float16" else "bfloat16", matmul))
     if device == "reference":
         from flm.kernels.reference import ReferenceBackend
 
         return cast(Backend, ReferenceBackend())
     raise ConfigError(f"expected cpu or cuda, got {device!r}", field="device")
+
+
+def _open_gpu(activation: str, matmul: str) -> Any:
+    from flm.kernels.cuda.backend import CudaBackend
+    from flm.kernels.cuda.device import CupyDevice
+    from flm.kernels.cuda.library_products import open_library
+
+    device = CupyDevice()
+    return CudaBackend(device, activation, open_library(device, device.cuda) if matmul == "cublas" else None)
 
 
 def _context(spec: GroupSpec, trained: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from flm.cluster.planning.demand import Demand
 from flm.cluster.planning.plan import plan_demands
 from flm.cluster.planning.shapes import read_shapes
 from flm.cluster.settings.hardware import KNOWN_GPUS, Hardware, Machine
+from flm.kernels.cuda import cublas_lt, inventory
 from flm.kernels.cuda.inventory import VisibleGpu, gpus_of
 from flm.worker.errors import ConfigError, DoesNotFit
 from flm.worker.execution.device_support import missing_on_gpus
@@ -106,3 +108,29 @@ def test_a_cache_that_the_device_cannot_have_is_refused() -> None:
         demand = Demand("m", "tests/data/golden/llama31", device, activations=activations, kv_dtype=kv_dtype)
         with pytest.raises(ConfigError, match=words):
             plan_demands([demand], Hardware((Machine("n", 4, GIB),)))
+
+
+def test_products_by_cublas_are_planned_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    path, gpu = "tests/data/golden/llama31", Machine("n", 4, 99 * GIB, gpus=1, gpu=KNOWN_GPUS["h100"])
+    plain, fast = (Demand("m", path, "cuda", matmul=matmul) for matmul in ("exact", "cublas"))
+    monkeypatch.setattr(plan, "missing_cublas", lambda: "matmul: cublas needs a library")
+    for measured, obstacles in ((False, ()), (True, ("model m: matmul: cublas needs a library",))):
+        exact, quick = (plan_demands([d], Hardware((gpu,), measured)) for d in (plain, fast))
+        assert (exact.obstacles, quick.obstacles) == ((), obstacles)
+        assert quick.models[0].rank_parts[2] - exact.models[0].rank_parts[2] == 288 << 20
+        assert ["cuBLAS" in str(each.table().title) for each in (exact, quick)] == [False, True]
+    with pytest.raises(ConfigError, match="matmul: expected exact on cpu, got cublas"):
+        plan_demands([replace(fast, device="cpu")], Hardware((gpu,)))
+
+
+def test_a_missing_cublas_is_told_where_cupy_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = SimpleNamespace(runtime=SimpleNamespace(runtimeGetVersion=lambda: 12090))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cupy))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cupy)
+    monkeypatch.setattr(cublas_lt, "find_library", {12: None, 13: "somewhere"}.get)
+    for installed, words in ((False, ""), (True, "libcublasLt.so.12")):
+        monkeypatch.setattr(inventory, "installed", lambda there=installed: there)
+        assert words in inventory.missing_cublas()
+        assert bool(inventory.missing_cublas()) is installed
+    monkeypatch.setattr(cupy.runtime, "runtimeGetVersion", lambda: 13000)
+    assert inventory.missing_cublas() == ""

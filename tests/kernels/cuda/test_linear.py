@@ -18,6 +18,7 @@ from kernel_checks import (
     rounding,
     sweep,
 )
+from kernel_weights import FORMATS, matrix
 
 from flm.kernels import quant
 from flm.kernels.cuda import linear as ops
@@ -25,11 +26,6 @@ from flm.kernels.cuda.kernel import instance
 from flm.kernels.cuda.pack import NUMBERS, pack
 from flm.kernels.errors import DTypeError, ShapeError, UnsupportedFormat
 
-# format, group of the matrix, steps of a group as packed, the scales' C++ type
-FORMATS = [
-    ("int4", 128, 8, "__half2"), ("int4", 32, 2, "float2"), ("int8", 64, 4, "__half"), ("int8", 16, 1, "__half2"),
-    ("fp8", 64, 4, "float"), ("float", 0, 0, "float"),
-]  # fmt: skip
 # processors (few: large tiles), rows, outputs, inputs
 SHAPES = (
     (99, 1, 40, 512),
@@ -55,31 +51,6 @@ def kernels(activation, format, steps, scale, tiles=TILES, outs=("float32",)):
         for out in outs
         for tile in (ops.SMALL_TILE, (4, 2) if format == "float" else (2, 4))
     ]
-
-
-def matrix(rng, n, k, format, group, scale):
-    """A random matrix whose scales have this C++ type."""
-    if format == "float":
-        return quant.from_float(rng.standard_normal((n, k)).astype(np.float32))
-    if format == "fp8":
-        codes = rng.integers(0, 127, (n, -(-k // group) * group), np.uint8) | rng.choice(
-            [0, 128], (n, 1)
-        ).astype(np.uint8)
-        scales = rng.random((n, codes.shape[1] // group)).astype(np.float32) / 448
-        return quant.QuantizedMatrix("fp8", (n, k), codes, group, scales)
-    made = quant.quantize(rng.standard_normal((n, k)).astype(np.float32), format, group)
-    dtype = np.float32 if "float" in scale else np.float16
-    offsets = made.offsets
-    if "2" in scale and offsets is None:
-        offsets = (rng.standard_normal(made.scales.shape) / 8).astype(dtype)
-    return quant.QuantizedMatrix(
-        format,
-        (n, k),
-        made.codes,
-        group,
-        made.scales.astype(dtype),
-        None if offsets is None else offsets.astype(dtype),
-    )
 
 
 def check_linear(device, activation, format, group, scale, m, n, k, out="float32", accumulate=False):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import queue
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from emulator import EmulatedDevice
 
+from flm.kernels.cuda import cublas_lt
+from flm.kernels.cuda import device as device_module
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.staging import scatter_kernel
 from flm.kernels.errors import CompileError, DeviceFailed, DeviceMemoryFull, ToolkitMissing
@@ -16,7 +19,7 @@ from flm.kernels.staging import DeviceMemory
 from flm.worker import Engine, SamplingParams
 from flm.worker.communication.channel import NoFollowers
 from flm.worker.communication.comm import LocalCommunicator
-from flm.worker.errors import BackendUnavailable, DoesNotFit, FlmError, RankFailed
+from flm.worker.errors import BackendUnavailable, ConfigError, DoesNotFit, FlmError, RankFailed
 from flm.worker.execution.device_cache import Planned
 from flm.worker.group import rank
 from flm.worker.group.rank import GroupSpec, Rank
@@ -116,6 +119,21 @@ def test_all_kernels_are_compiled_while_the_rank_loads(monkeypatch: pytest.Monke
     assert len(device.prepared) > 8
     assert told == sorted(told) and told[-1] == 1.0
     assert 0.8 in told and len([each for each in told if each > 0.8]) == len(device.prepared)
+
+
+def test_products_by_a_library_that_is_not_there_end_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(rank, "load_weights", lambda *_: opened.append("weights"))
+    monkeypatch.setattr(device_module, "CupyDevice", lambda: SimpleNamespace(cuda=13))
+    monkeypatch.setattr(cublas_lt, "find_library", lambda major: None)
+    with pytest.raises(
+        BackendUnavailable, match=r"libcublasLt.so.13, .*pip install 'flm-cluster\[cublas13\]'"
+    ):
+        Engine(GOLDEN / "llama31", device="cuda", matmul="cublas")
+    for device, wrong in (("cpu", "cublas"), ("cuda", "tf32")):
+        with pytest.raises(ConfigError, match=f"matmul: expected exact.* on {device}, got '{wrong}'"):
+            Engine(GOLDEN / "llama31", device=device, matmul=wrong)
+    assert not opened
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,10 @@ class Exchange:
         places = [self.data, self.flags, self.epochs, self.control]
         return [*places, self.rank, self.world, self.slots, self.slot_bytes]
 
+    def holds_rows(self, rows: int, width: int) -> bool:
+        """Whether all_reduce_rms_norm takes so many rows of 16-bit elements: each goes through a slot of its own."""
+        return width % 8 == 0 and 2 * width <= self.slot_bytes and rows <= self.slots
+
     def piece(self, count: int, itemsize: int) -> int:
         """Elements of a block's piece, so that `count` elements spread over the slots, as far as these go."""
         spread = -(-count // self.slots)
@@ -112,9 +116,8 @@ def kernels(activation: str) -> list[Kernel]:
         for name in ("all_reduce", "sum_parts")
         for dtype in ("float32", activation)
     ]
-    return each + [
-        instance("all_reduce.cu", name, "float32") for name in ("all_gather_cols", "place_columns")
-    ]
+    columns = [instance("all_reduce.cu", name, "float32") for name in ("all_gather_cols", "place_columns")]
+    return [*each, *columns, fused_kernel("float32", activation)]
 
 
 def all_reduce(device: Device, exchange: Exchange, x: Array) -> None:
@@ -188,7 +191,7 @@ def all_reduce_rms_norm(
     residual = check("x", x_TE, (T, E), "float32", activation)
     check("out", out_TE, (T, E), activation)
     check("weight", weight_E, (E,), "float32")
-    if E % 8 or exchange.slot_bytes < 2 * E or exchange.slots < T:
+    if not exchange.holds_rows(T, E):
         raise ShapeError(
             f"at most {exchange.slots} rows of {exchange.slot_bytes // 2} expected, a multiple of 8, got {T} of {E}"
         )

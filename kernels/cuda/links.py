@@ -73,13 +73,13 @@ class Links:
     ) -> None:
         assert exchange is not None or nccl is not None
         self.device, self.rank, self.world = device, rank, world
-        self.exchange, self.nccl, self._one_shot = exchange, nccl, one_shot
+        self.exchange, self.nccl, self.one_shot = exchange, nccl, one_shot
         self._scratch: dict[tuple[str, int], Array] = {}
         self._widths: dict[tuple[int, ...], Array] = {}
 
     def _mapped(self, nbytes: int) -> ops.Exchange | None:
         """The buffers where they are to take a message that long."""
-        return self.exchange if nbytes <= self._one_shot or self.nccl is None else None
+        return self.exchange if nbytes <= self.one_shot or self.nccl is None else None
 
     def all_reduce(self, x: Array) -> Callable[[], None]:
         """A call that makes x the sum over ranks. Everything is allocated here, so that the call can be captured."""
@@ -100,6 +100,17 @@ class Links:
             self.nccl.move([(r, flat[own]) for r in others], theirs)
 
         return call
+
+    def all_reduce_rms_norm(
+        self, delta_TE: Array, x_TE: Array, weight_E: Array, eps: float, out_TE: Array
+    ) -> Callable[[], None] | None:
+        """A call that makes x the sum of itself and all ranks' deltas, and out its norm, with the bits of the three ops
+        and in one launch; delta keeps what it held. None where they are long, or cannot be mapped."""
+        (T, E), exchange = delta_TE.shape, self.exchange
+        nbytes = delta_TE.size * delta_TE.dtype.itemsize
+        if exchange is None or nbytes > self.one_shot or not exchange.holds_rows(T, E):
+            return None
+        return lambda: ops.all_reduce_rms_norm(self.device, exchange, delta_TE, x_TE, weight_E, eps, out_TE)
 
     def _share(self, count: int, rank: int) -> tuple[int, int]:
         """The elements that a rank adds up; at least one for each, as far as they go."""

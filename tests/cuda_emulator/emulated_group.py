@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class EmulatedRank:
         self._group, self._rank, self.bus = group, rank, bus
         self.processors = group.base.processors
         self.recorded = 0
+        self.launched: Counter[str] = Counter()  # by kernel
         self._kept: list[Array] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -71,6 +73,7 @@ class EmulatedRank:
         self, kernel: Kernel, grid: tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
     ) -> None:
         launch = (kernel, grid, block, args, shared)
+        self.launched[kernel.name.partition("<")[0].rpartition("::")[2]] += 1
         if kernel.source == "all_reduce.cu" and not any(name in kernel.name for name in ALONE):
             self._group.launch_together(self._rank, launch)
         else:

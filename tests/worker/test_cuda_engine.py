@@ -18,6 +18,7 @@ from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.cublas_lt import CublasLt
 from flm.worker import Engine, SamplingParams
 from flm.worker import engine as engine_module
+from flm.worker.communication.comm import ThreadCommunicator
 from flm.worker.communication.comm_cuda import CudaCommunicator
 from flm.worker.errors import BackendUnavailable, InvalidRequest
 from flm.worker.group import rank
@@ -192,39 +193,55 @@ def test_a_machine_without_cupy_is_told_what_to_install(monkeypatch: pytest.Monk
         Engine(GOLDEN / "llama31", device="cuda")
 
 
+def two_ranks(group: EmulatedGroup, monkeypatch: pytest.MonkeyPatch) -> tuple[list[CudaCommunicator], Engine]:
+    """An engine, and the communicators of its ranks."""
+    comms = []
+
+    class Joined:
+        buffer = staticmethod(ThreadCommunicator.buffer)
+
+        def __new__(cls, buffer: Any, number: int, size: int, backend: Any, timeout: float) -> Any:
+            meeting = ThreadCommunicator(buffer, number, size, backend, timeout)
+            comms.append(CudaCommunicator(meeting, backend.device, timeout))
+            return comms[-1]
+
+    backends = [CudaBackend(rank_device) for rank_device in group.devices]  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "ThreadCommunicator", Joined)
+        patch.setattr(rank, "open_backend", lambda *_: backends.pop())
+        engine = Engine(
+            GOLDEN / "llama31",
+            device="cuda",
+            tensor_parallel=2,
+            max_sequences=2,
+            max_step_tokens=16,
+            hang_timeout=100.0,  # kernels may have to be built for the emulator meanwhile
+        )
+    return comms, engine
+
+
 def test_two_ranks_through_mapped_memory_captured(
     device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks meet, capture their decode steps together, and give the tokens of one rank, in company and alone."""
+    """Ranks meet, capture their decode steps together, and give the tokens of one rank, in company and alone. What is
+    summed, added and normed at once has the bits of one by one."""
     ids, want = reference("llama31")
-    group = EmulatedGroup(2, device)
-    threads = engine_module.ThreadCommunicator
-
-    class Joined:
-        buffer = staticmethod(threads.buffer)
-
-        def __new__(cls, buffer: Any, number: int, size: int, backend: Any, timeout: float) -> Any:
-            return CudaCommunicator(threads(buffer, number, size, backend, timeout), backend.device, timeout)
-
-    monkeypatch.setattr(engine_module, "ThreadCommunicator", Joined)
-    backends = [CudaBackend(rank_device) for rank_device in group.devices]  # type: ignore[arg-type]
-    monkeypatch.setattr(rank, "open_backend", lambda *_: backends.pop())
     prompts = [ids, [*ids[3:], 17]]
     plain = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    with Engine(
-        GOLDEN / "llama31",
-        device="cuda",
-        tensor_parallel=2,
-        max_sequences=2,
-        max_step_tokens=16,
-        hang_timeout=100.0,  # kernels may have to be built for the emulator meanwhile
-    ) as engine:
+    group = EmulatedGroup(2, device)
+    comms, engine = two_ranks(group, monkeypatch)
+    with engine:
         whole = engine.logits(ids)
         assert relative(whole, want) < TOLERANCE["bfloat16"]
         np.testing.assert_array_equal(engine.logits(ids, chunk=5), whole)
         together = [done.token_ids for done in engine.generate(prompts, plain)]
         assert together == [engine.generate([prompt], plain)[0].token_ids for prompt in prompts]
         assert sorted(each.recorded for each in group.devices) == [2, 4]  # followers do not sample
+        before = [each.launched["all_reduce_rms_norm"] for each in group.devices]
+        for comm in comms:
+            comm.links.one_shot = 0
+        np.testing.assert_array_equal(engine.logits(ids), whole)
+        assert before == [each.launched["all_reduce_rms_norm"] for each in group.devices] > [0, 0]
         engine.replica.check()
     with cuda_alone(device, monkeypatch) as engine:
         assert [done.token_ids for done in engine.generate(prompts, plain)] == together

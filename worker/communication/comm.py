@@ -35,6 +35,13 @@ class Communicator(Protocol):
         """x = the sum of all ranks' x, in place."""
         ...
 
+    def all_reduce_rms_norm(
+        self, ops: Backend, x_TE: Array, delta_TE: Array, weight_E: Array, eps: float, out_TE: Array
+    ) -> None:
+        """x += the sum of all ranks' delta; then out = rms_norm(x), with the bits of `all_reduce` and `add_rms_norm` of
+        `ops`, this rank's backend. What delta holds after is undefined."""
+        ...
+
     def all_gather_cols(self, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
         """Concatenate the ranks' columns; rank r contributes widths[r]."""
         ...
@@ -69,7 +76,20 @@ class Communicator(Protocol):
         ...
 
 
-class LocalCommunicator:
+class OneByOne(Protocol):
+    """Of communicators that sum first, whatever follows."""
+
+    def all_reduce(self, x: Array) -> None: ...
+
+    def all_reduce_rms_norm(
+        self, ops: Backend, x_TE: Array, delta_TE: Array, weight_E: Array, eps: float, out_TE: Array
+    ) -> None:
+        """Two ops."""
+        self.all_reduce(delta_TE)
+        ops.add_rms_norm(x_TE, delta_TE, weight_E, eps, out_TE)
+
+
+class LocalCommunicator(OneByOne):
     """A group of one. attended: a vigil is kept over its own process."""
 
     rank, size = 0, 1
@@ -120,7 +140,7 @@ class NotYetMet(LocalCommunicator):
         """Nothing is there to gather."""
 
 
-class GroupCommunicator:
+class GroupCommunicator(OneByOne):
     """Ranks of one host over shared memory; the backend's kernels do the work, so a step with collectives can
     be captured as a whole."""
 

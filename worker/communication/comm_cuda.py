@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flm.kernels.backend import Backend
 from flm.kernels.cuda.links import ONE_SHOT, Links, PeerDevice, open_links
-from flm.worker.communication.comm import GroupCommunicator
+from flm.worker.communication.comm import GroupCommunicator, OneByOne
 from flm.worker.communication.watchdog import Watchdog
 
 Array = Any
 
 
-class CudaCommunicator:
+class CudaCommunicator(OneByOne):
     """One rank's. Raises what open_links does; every rank must construct its own at the same time."""
 
     def __init__(
@@ -41,6 +42,16 @@ class CudaCommunicator:
 
     def all_reduce(self, x: Array) -> None:
         self._backend.in_order(self.links.all_reduce(x))
+
+    def all_reduce_rms_norm(
+        self, ops: Backend, x_TE: Array, delta_TE: Array, weight_E: Array, eps: float, out_TE: Array
+    ) -> None:
+        """One launch, where the sum goes through mapped buffers in one shot."""
+        fused = self.links.all_reduce_rms_norm(delta_TE, x_TE, weight_E, eps, out_TE)
+        if fused is None:
+            super().all_reduce_rms_norm(ops, x_TE, delta_TE, weight_E, eps, out_TE)
+        else:
+            self._backend.in_order(fused)
 
     def all_gather_cols(self, x_SN: Array, out_SN: Array, widths: tuple[int, ...]) -> None:
         self._backend.in_order(self.links.all_gather_cols(x_SN, out_SN, widths))

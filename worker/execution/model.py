@@ -2,7 +2,7 @@
 
 Shape legend: T tokens of the step, E hidden, V this rank's vocabulary rows, S rows to sample.
 
-There is no rank arithmetic here: shards come ready-made, and every sum over ranks is `comm.all_reduce`.
+There is no rank arithmetic here: shards come ready-made, and every sum over ranks is the communicator's.
 """
 
 from __future__ import annotations
@@ -131,20 +131,26 @@ class Decoder:
         self.comm.all_reduce(x_TE)
         if self.embedding_norm is not None:
             self.embedding_norm.forward(x_TE, None, x_TE)
-        for i, layer in enumerate(self.layers):
-            layer.input_norm.forward(x_TE, delta_TE if i else None, h_TE)
+        self.layers[0].input_norm.forward(x_TE, None, h_TE)
+        following = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        for layer, next_norm in zip(self.layers, following, strict=True):
+            outer = layer.outer_norms or (None, None)
             layer.attention.forward(h_TE, delta_TE, inputs)
             if layer.post_norm is not None:
-                self.comm.all_reduce(delta_TE)
-                if layer.outer_norms is not None:
-                    layer.outer_norms[0].forward(delta_TE, None, delta_TE)
-                layer.post_norm.forward(x_TE, delta_TE, h_TE)
+                self._add(x_TE, delta_TE, outer[0], layer.post_norm, h_TE)
             layer.feed_forward.forward(h_TE, delta_TE, inputs)
-            self.comm.all_reduce(delta_TE)
-            if layer.outer_norms is not None:
-                layer.outer_norms[1].forward(delta_TE, None, delta_TE)
-        self.final_norm.forward(x_TE, delta_TE, h_TE)
+            self._add(x_TE, delta_TE, outer[1], next_norm, h_TE)
         return h_TE
+
+    def _add(self, x_TE: Array, delta_TE: Array, outer: Norm | None, norm: Norm, h_TE: Array) -> None:
+        """x += the sum over ranks of a part's delta, through the part's outer norm; h = what the next part reads."""
+        if outer is None and norm.root_mean_square:
+            self.comm.all_reduce_rms_norm(self.backend, x_TE, delta_TE, norm.weight, norm.eps, h_TE)
+            return
+        self.comm.all_reduce(delta_TE)
+        if outer is not None:
+            outer.forward(delta_TE, None, delta_TE)
+        norm.forward(x_TE, delta_TE, h_TE)
 
     def logits(self, h_TE: Array, rows_S: Array | None) -> Array:
         """Logits [S, vocab] of the chosen rows of h (None: all of its rows, in order), on every rank."""

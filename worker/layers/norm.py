@@ -24,7 +24,8 @@ class Norm:
         """`scale`: what the values to be normed are divided by, where that is not the model's residual scale."""
         model = loading.shard.model
         self._ops, self._config = loading.backend, model.norm
-        self._eps = model.norm.eps / (model.residual_scale if scale is None else scale) ** 2
+        self.root_mean_square = model.norm.kind != "layer"
+        self.eps = model.norm.eps / (model.residual_scale if scale is None else scale) ** 2
         if model.norm.kind == "layer" and not isinstance(loading.backend, ClassicOps):
             raise BackendUnavailable("this device has no kernels for LayerNorm")
         weight = loading.weights.vector(name + ".weight")
@@ -33,12 +34,12 @@ class Norm:
 
     def forward(self, x_TE: Array, delta_TE: Array | None, out_TE: Array) -> None:
         """x += delta (None: nothing), in place; then out = norm(x)."""
-        if self._config.kind == "layer":
+        if not self.root_mean_square:
             keep = self._config.residual_factor or 1.0
             ops = cast(ClassicOps, self._ops)
             goes_on = self._config.residual_factor != 0
-            ops.layer_norm(x_TE, self.weight, self.bias, self._eps, out_TE, delta_TE, keep, goes_on)
+            ops.layer_norm(x_TE, self.weight, self.bias, self.eps, out_TE, delta_TE, keep, goes_on)
         elif delta_TE is None:
-            self._ops.rms_norm(x_TE, self.weight, self._eps, out_TE)
+            self._ops.rms_norm(x_TE, self.weight, self.eps, out_TE)
         else:
-            self._ops.add_rms_norm(x_TE, delta_TE, self.weight, self._eps, out_TE)
+            self._ops.add_rms_norm(x_TE, delta_TE, self.weight, self.eps, out_TE)

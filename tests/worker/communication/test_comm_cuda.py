@@ -18,6 +18,7 @@ from fake_nccl import BROKEN, REMOTE, FakeNccl
 
 from flm.kernels.cuda.all_reduce import kernels
 from flm.kernels.cuda.backend import CudaBackend
+from flm.kernels.cuda.elementwise import rms_norm_kernel
 from flm.kernels.errors import CollectiveAborted, CollectiveFailed, CollectiveTimeout, UnsupportedDevice
 from flm.worker.communication.comm import ThreadCommunicator
 from flm.worker.communication.comm_cuda import CudaCommunicator
@@ -30,7 +31,8 @@ Body = Callable[[CudaCommunicator], Any]
 
 @pytest.fixture(scope="module")
 def base() -> EmulatedDevice:
-    return EmulatedDevice(kernels("bfloat16"))
+    norms = [rms_norm_kernel("float32", "bfloat16", E) for E in (8, 12)]
+    return EmulatedDevice([*kernels("bfloat16"), *norms])
 
 
 @pytest.fixture
@@ -125,6 +127,49 @@ def test_every_way_gives_the_same_bits(base: EmulatedDevice, nccl: FakeNccl, way
     assert bool(nccl.calls) == (way != "mapped")
     assert all(device.recorded == 1 for device in group.devices)
     assert not any(comm.aborted.is_set() for comm in nccl.comms.values())
+
+
+ROWS = (
+    (2, 16),
+    (4, 16),
+    (3, 12),
+    (65, 8),
+)  # beside one_shot = 64: short, long, of an odd width, more than slots
+FUSED = {"mapped": 2, "nccl": 0, "both": 1}
+
+
+def residual_and_norm(comm: CudaCommunicator) -> None:
+    """A sum that is added and normed, recorded and replayed, against the three ops one by one."""
+    rng, shared, device = np.random.default_rng(comm.rank), np.random.default_rng(9), comm.device
+    pairs = []
+    with comm._backend.capture() as graph:
+        for T, E in ROWS:
+            x, delta = (
+                shared.standard_normal((T, E)).astype(np.float32),
+                rng.standard_normal((T, E)) * 5.0**comm.rank,
+            )
+            weight = device.asarray(shared.standard_normal(E).astype(np.float32))
+            arrays = [[device.asarray(x), device.asarray(delta.astype(ml_dtypes.bfloat16))] for _ in range(2)]
+            outs = [device.empty((T, E), "bfloat16") for _ in range(2)]
+            comm.all_reduce_rms_norm(comm._backend, *arrays[0], weight, 1e-5, outs[0])
+            comm.all_reduce(arrays[1][1])
+            comm._backend.add_rms_norm(*arrays[1], weight, 1e-5, outs[1])
+            pairs += [(arrays[0][0], arrays[1][0]), (outs[0], outs[1])]
+    with comm.watched():
+        graph.replay()
+    comm.barrier()
+    for fused, one_by_one in pairs:
+        np.testing.assert_array_equal(np.array(fused), np.array(one_by_one))
+
+
+@pytest.mark.parametrize("way", FUSED)
+def test_a_sum_that_is_added_and_normed_has_the_bits_of_the_ops(
+    base: EmulatedDevice, nccl: FakeNccl, way: str
+) -> None:
+    group = EmulatedGroup(WORLD, base, shared_gpu=way == "mapped", mappable=way != "nccl")
+    one_shot = 64 if way == "both" else 1 << 20
+    assert on_ranks(group, residual_and_norm, one_shot=one_shot) == [None] * WORLD
+    assert [device.launched["all_reduce_rms_norm"] for device in group.devices] == [FUSED[way]] * WORLD
 
 
 def test_ranks_that_can_neither_map_nor_use_nccl_say_so(

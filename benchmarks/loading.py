@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from flm.worker.conversion.convert import convert
-from flm.worker.group.rank import GroupSpec, Rank, open_backend
+from flm.worker.group.backends import open_backend
+from flm.worker.group.rank import GroupSpec, Rank
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB = 2048, 5632, 18, 16, 32000
 CONFIG = {

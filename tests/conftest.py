@@ -8,10 +8,9 @@ import os
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 
 import pytest
-
-from flm.cluster.launch.launch import compile_kernels, needs_compiling
 
 # Files that take long; the others fill the gaps behind them.
 LONG = ("test_cuda_engine", "test_engine", "test_linear", "test_golden", "test_latent", "test_experts")
@@ -22,10 +21,13 @@ COMPILING = "FLM_TEST_COMPILING"  # names a file that is locked while the CPU ke
 def pytest_configure(config: pytest.Config) -> None:
     """Runs in the process that hands out the tests before it starts those that run them, which inherit its environment."""
     _heed_interrupts()
-    if getattr(config.option, "numprocesses", None):
+    if getattr(config.option, "numprocesses", None) and "FLM_TEST_GPU" not in os.environ:
+        # imported here, for a machine with a GPU may lack what the cluster needs
+        from flm.cluster.launch.launch import compile_kernels, needs_compiling
+
         os.environ |= {"OPENBLAS_NUM_THREADS": "1"}
         if needs_compiling():
-            _compile_beside()
+            _compile_beside(compile_kernels)
 
 
 def _heed_interrupts() -> None:
@@ -35,7 +37,7 @@ def _heed_interrupts() -> None:
             signal.signal(number, usual)
 
 
-def _compile_beside() -> None:
+def _compile_beside(compile_kernels: Callable[[], object]) -> None:
     lock = tempfile.NamedTemporaryFile(prefix="flm-compiling-")  # noqa: SIM115 (open until compiled)
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.environ[COMPILING] = lock.name

@@ -29,7 +29,7 @@ def open_device(kernels: Sequence[Kernel]) -> Any:
         return EmulatedDevice(kernels)
     from on_gpu import GpuTestDevice
 
-    return GpuTestDevice()
+    return GpuTestDevice(kernels)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:

@@ -29,8 +29,9 @@ def owner_of(array: Array) -> Array:
 class GpuTestDevice:
     """Stands for EmulatedDevice. `setting` says nothing here: a GPU has its own schedule."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Sequence[Kernel] = ()) -> None:
         self.gpu, self.setting = CupyDevice(), 0
+        self.gpu.prepare(kernels)
         self.processors = self.gpu.processors
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from flm.kernels.backend import Backend
 from flm.kernels.errors import CompileError, DeviceMemoryFull, KernelError, LibraryFailed, ToolkitMissing
 from flm.worker.adapters.adapter import open_adapters
 from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -18,13 +17,10 @@ from flm.worker.communication.channel import (
     FollowerChannel,
     LeaderChannel,
     NoFollowers,
-    ZmqFollowerChannel,
-    ZmqLeaderChannel,
 )
 from flm.worker.communication.comm import Communicator, LocalCommunicator, NotYetMet, connect_processes
 from flm.worker.errors import (
     BackendUnavailable,
-    ConfigError,
     DoesNotFit,
     InvalidRequest,
     OutOfMemory,
@@ -34,6 +30,7 @@ from flm.worker.execution.device_cache import HOST_KV_BYTES, Held, kv_budget, sh
 from flm.worker.execution.model import Decoder
 from flm.worker.execution.runner import Runner
 from flm.worker.files.paths import resolve_model_path
+from flm.worker.group.backends import open_backend
 from flm.worker.group.group_spec import GroupSpec
 from flm.worker.group.replica import Replica, as_flm_error
 from flm.worker.limits import Limits
@@ -190,9 +187,7 @@ class Rank:
             if size == 1:
                 self.join(LocalCommunicator(attended=spec.device != "cuda"), NoFollowers())
                 return
-            channel = (
-                ZmqLeaderChannel(run_dir, size) if self.rank == 0 else ZmqFollowerChannel(run_dir, self.rank)
-            )
+            channel = _channel_between_processes(run_dir, self.rank, size)
             comm = connect_processes(run_dir / "group.shm", self.rank, size, self.backend, timeout)
             self.join(comm, channel)
         except Exception as error:
@@ -257,38 +252,11 @@ class Rank:
         self._comm.abort()
 
 
-def open_backend(device: str, threads: int, activations: str = "auto", matmul: str = "exact") -> Backend:
-    """The backend of a device name. "reference" is the slow NumPy specification of every op. activations, matmul: of GPUs.
+def _channel_between_processes(run_dir: Path, rank: int, size: int) -> LeaderChannel | FollowerChannel:
+    # ranks of one process do without ZeroMQ
+    from flm.worker.communication.zmq_channel import ZmqFollowerChannel, ZmqLeaderChannel
 
-    Casts, because a backend takes back only weights and caches of its own making, which the protocol cannot say.
-    """
-    on_gpu = device == "cuda"
-    for field, value, choices in (
-        ("activations", activations, ("auto", "bfloat16", "float16") if on_gpu else ("auto",)),
-        ("matmul", matmul, ("exact", "cublas") if on_gpu else ("exact",)),
-    ):
-        if value not in choices:
-            raise ConfigError(f"expected {' or '.join(choices)} on {device}, got {value!r}", field=field)
-    if device == "cpu":
-        from flm.kernels.cpu.backend import CpuBackend
-
-        return cast(Backend, CpuBackend(threads=threads))
-    if device == "cuda":
-        return cast(Backend, _open_gpu("float16" if activations == "float16" else "bfloat16", matmul))
-    if device == "reference":
-        from flm.kernels.reference import ReferenceBackend
-
-        return cast(Backend, ReferenceBackend())
-    raise ConfigError(f"expected cpu or cuda, got {device!r}", field="device")
-
-
-def _open_gpu(activation: str, matmul: str) -> Any:
-    from flm.kernels.cuda.backend import CudaBackend
-    from flm.kernels.cuda.device import CupyDevice
-    from flm.kernels.cuda.library_products import open_library
-
-    device = CupyDevice()
-    return CudaBackend(device, activation, open_library(device, device.cuda) if matmul == "cublas" else None)
+    return ZmqFollowerChannel(run_dir, rank) if rank else ZmqLeaderChannel(run_dir, size)
 
 
 def _context(spec: GroupSpec, trained: int) -> int:

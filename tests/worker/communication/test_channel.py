@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from flm.worker.communication import channel
-from flm.worker.communication.channel import ThreadChannel, ZmqFollowerChannel, ZmqLeaderChannel
+from flm.worker.communication import zmq_channel
+from flm.worker.communication.channel import ThreadChannel
+from flm.worker.communication.zmq_channel import ZmqFollowerChannel, ZmqLeaderChannel
 from flm.worker.errors import RankFailed
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
 from flm.worker.request import SamplingParams
@@ -50,7 +51,7 @@ def test_a_stop_that_comes_before_a_follower_is_not_lost(tmp_path: Path) -> None
 
 
 def test_a_follower_that_never_connects_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "SEND_MS", 100)
+    monkeypatch.setattr(zmq_channel, "SEND_MS", 100)
     leader = ZmqLeaderChannel(tmp_path, 2)
     with pytest.raises(RankFailed, match="rank 1"):
         leader.send(PLAN)

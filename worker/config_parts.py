@@ -25,6 +25,7 @@ class RopeConfig:
     factors: tuple[float, ...] = ()  # "factors": what each of the rotary_dim / 2 frequencies is divided by
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    whole_bounds: bool = True  # "yarn": the frequencies to blend are bounded by whole indices
     magnitude: float = 1.0  # of rotated vectors
 
     @property

@@ -36,7 +36,7 @@ WEIGHT_ENDINGS = (
     ".index.json",
 )
 SEPARATE_QUANTIZATION = ("quantize_config.json", "quant_config.json")
-PACKING_FIELDS = ("quantization_config", "compression_config", "quantization_bit")
+PACKING_FIELDS = ("quantization_config", "compression_config", "quantization_bit", "wbits", "groupsize")
 LARGEST_COPIED = (
     64 << 20
 )  # tokenizers and templates; nothing of this size that is no weight file belongs to a model

@@ -26,6 +26,8 @@ def _read(fields: Fields, third: bool) -> ModelConfig:
     hub.check_activation(fields)
     if fields.flag("attention_bias", False):
         raise fields.fail("attention_bias: false expected, found true")
+    if not fields.flag("rope_interleave", True):
+        raise fields.fail("rope_interleave: true expected, found false")
     max_position = fields.integer("max_position_embeddings")
     return ModelConfig(
         family="deepseek_v3" if third else "deepseek_v2",

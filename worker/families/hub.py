@@ -88,6 +88,7 @@ def _yarn(scaling: Fields, rope: RopeConfig) -> RopeConfig:
         rope,
         beta_fast=scaling.number("beta_fast", 32.0),
         beta_slow=scaling.number("beta_slow", 1.0),
+        whole_bounds=scaling.flag("truncate", True),
         magnitude=scaling.number("attention_factor", magnitude),
     )
 

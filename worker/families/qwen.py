@@ -8,6 +8,7 @@ from flm.worker.families.family import Family, renamed, thirds
 from flm.worker.files.json_fields import Fields
 from flm.worker.tensors.recipe import Recipe
 
+_MAX_WINDOW_LAYERS = 28  # where config.json does not say
 _STEMS = {
     "model.embed_tokens": "transformer.wte",
     "model.norm": "transformer.ln_f",
@@ -80,10 +81,14 @@ def _qwen3(fields: Fields) -> ModelConfig:
     return llama.read(fields, "qwen3", qkv_bias=bias, output_bias=bias, qk_norm=True)
 
 
-def check_window(fields: Fields) -> None:
-    """`sliding_window` counts only where a layer uses it."""
-    layers = fields.integer("num_hidden_layers")
-    if fields.flag("use_sliding_window", False) and fields.integer("max_window_layers", layers) < layers:
+def check_window(fields: Fields, every_layer: bool = False) -> None:
+    """`sliding_window` counts only where a layer uses it: those from `max_window_layers` on, or those that `layer_types`
+    names; `every_layer`: all of them."""
+    if not fields.flag("use_sliding_window", False) or fields.get("sliding_window") is None:
+        return
+    kinds, layers = fields.items("layer_types"), fields.integer("num_hidden_layers")
+    past = fields.integer("max_window_layers", _MAX_WINDOW_LAYERS, least=0) < layers
+    if every_layer or ("sliding_attention" in kinds if kinds else past):
         raise fields.fail(
             "use_sliding_window: layers with a sliding window are not supported; false expected"
         )

@@ -17,7 +17,7 @@ from flm.worker.tensors.recipe import Recipe
 
 
 def _qwen2(fields: Fields) -> ModelConfig:
-    check_window(fields)
+    check_window(fields, every_layer=True)
     config = llama.read(fields, "qwen2_moe", qkv_bias=fields.flag("qkv_bias", True))
     experts = _experts(fields, fields.flag("norm_topk_prob", False))
     shared = fields.integer("shared_expert_intermediate_size")
@@ -25,7 +25,7 @@ def _qwen2(fields: Fields) -> ModelConfig:
 
 
 def _qwen3(fields: Fields) -> ModelConfig:
-    check_window(fields)
+    check_window(fields, every_layer=True)
     bias = fields.flag("attention_bias", False)
     config = llama.read(fields, "qwen3_moe", qkv_bias=bias, output_bias=bias, qk_norm=True)
     return replace(config, experts=_experts(fields, fields.flag("norm_topk_prob", False)))

@@ -48,8 +48,10 @@ def _yarn(inv_freq: NDArray[np.float64], rope: RopeConfig) -> NDArray[np.float64
     index = lambda turns: (
         d * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
     )
-    low = max(math.floor(index(rope.beta_fast)), 0)
-    high = min(math.ceil(index(rope.beta_slow)), d - 1)
+    low, high = index(rope.beta_fast), index(rope.beta_slow)
+    if rope.whole_bounds:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, d - 1)
     ramp = np.clip((np.arange(d // 2) - low) / ((high - low) or 0.001), 0.0, 1.0)
     return inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)
 

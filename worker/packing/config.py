@@ -18,11 +18,13 @@ from flm.worker.packing.prepared import METHOD, Prepared
 SUPPORTED = (
     "gptq (4 and 8 bits)", "awq (gemm, 4 bits)", "fp8 (e4m3)",
     "compressed-tensors (pack-quantized, int-quantized, float-quantized)", "quantization_bit 4 or 8 (ChatGLM)",
+    "wbits 4 or 8 (MOSS)",
 )  # fmt: skip
 SEPARATE_FILES = (
     "quantize_config.json",
     "quant_config.json",
 )  # AutoGPTQ's and AutoAWQ's, where config.json is silent
+_MOSS_FLOAT, _MOSS_GROUP = 32, 128  # its wbits for weights that are not packed; its groupsize where none is said
 _COMPRESSED = ("pack-quantized", "int-quantized", "float-quantized")
 
 
@@ -33,6 +35,9 @@ def read_packing(config: Fields) -> Packing | None:
     found = config.section("quantization_config") or config.section("compression_config")
     if found is None and config.get("quantization_bit"):
         return ChatGLM(_bits(config, "quantization_bit", (4, 8)))
+    if found is None and config.get("wbits") not in (None, _MOSS_FLOAT):
+        group = _group(config, "groupsize") if config.get("groupsize") is not None else _MOSS_GROUP
+        return GPTQ(_bits(config, "wbits", (4, 8)), group, 1)
     for name in SEPARATE_FILES:
         path = config.file.parent / name
         if found is None and path.is_file():

@@ -43,7 +43,8 @@ CASES: list[tuple[str, str, dict[str, Any], Draw]] = [
     ("chatglm2", "int4", {"quantization_bit": 4}, lambda rng, n, k: packers.chatglm(rng, n, k, 4)),
     ("chatglm2", "int8", {"quantization_bit": 8}, lambda rng, n, k: packers.chatglm(rng, n, k, 8)),
     ("chatglm1", "int4", {"quantization_bit": 4}, lambda rng, n, k: packers.chatglm(rng, n, k, 4)),
-    ("moss", "gptq", {"quantization_config": GPTQ}, gptq),
+    ("moss", "wbits", {"wbits": 4, "groupsize": 16}, gptq),
+    ("moss", "8 wbits", {"wbits": 8}, lambda rng, n, k: packers.gptq(rng, n, k, 128, 8)),
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, NormConfig
 from flm.worker.families import hub
 from flm.worker.families.family import Family, same_names
@@ -53,6 +55,12 @@ def _llama(fields: Fields) -> ModelConfig:
     return read(fields, qkv_bias=bias, output_bias=bias)
 
 
+def _internlm3(fields: Fields) -> ModelConfig:
+    bias = fields.flag("bias", False)
+    config = read(fields, "internlm3", qkv_bias=fields.flag("qkv_bias", False), output_bias=bias)
+    return replace(config, feed_forward=replace(config.feed_forward, bias=bias))
+
+
 def _internlm(fields: Fields) -> ModelConfig:
     bias = fields.flag("bias", False)
     return read(fields, "internlm", qkv_bias=bias, output_bias=bias)
@@ -67,5 +75,6 @@ def _old_yi(config: ModelConfig) -> dict[str, Recipe]:
 # the second spelling is that of early conversions of LLaMA 1
 LLAMA = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), _llama)
 INTERNLM = Family("internlm", ("InternLMForCausalLM",), _internlm)
+INTERNLM3 = Family("internlm3", ("InternLM3ForCausalLM",), _internlm3)
 XVERSE = Family("xverse", ("XverseForCausalLM",), lambda fields: read(fields, "xverse"))
 YI = Family("yi", ("YiForCausalLM",), lambda fields: read(fields, "yi"), _old_yi)

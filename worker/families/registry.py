@@ -15,7 +15,7 @@ from flm.worker.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from flm.worker.families.family import Family
 from flm.worker.families.glm import CHATGLM, GLM, GLM4
 from flm.worker.families.internlm2 import INTERNLM2
-from flm.worker.families.llama import INTERNLM, LLAMA, XVERSE, YI
+from flm.worker.families.llama import INTERNLM, INTERNLM3, LLAMA, XVERSE, YI
 from flm.worker.families.minicpm import GRANITE, MINICPM
 from flm.worker.families.moss import MOSS
 from flm.worker.families.qwen import QWEN, QWEN2, QWEN3
@@ -26,7 +26,7 @@ from flm.worker.files.gguf_file import GGUFFile
 from flm.worker.files.json_fields import Fields, read_json
 
 FAMILIES = (
-    LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,
+    LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, INTERNLM3, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,
     GLM4,    MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE, RWKV,
 )  # fmt: skip
 # GGUF's names of architectures that are called otherwise here

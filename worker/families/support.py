@@ -30,6 +30,7 @@ def _sizes(stem: str, *sizes: str) -> tuple[str, ...]:
 GLM_130B = (
     "published as model-parallel .pt shards of another training system; there are no safetensors to load"
 )
+_WINDOW = "its layers have a sliding window, which is not supported"
 _GOLDEN = "golden logits"
 _LLAMA = (
     *_sizes("meta-llama/Llama-2-*-chat-hf", "7b", "13b", "70b"),
@@ -48,6 +49,7 @@ SUPPORT = (
     Support("LlamaForCausalLM", ("BiLLa-7B-SFT",), _GOLDEN, ("llama2",), "merge its embedding delta first"),
     Support("LlamaForCausalLM", _sizes("meta-llama/Llama-3.1-*-Instruct", "8B", "70B"), _GOLDEN, ("llama31",)),
     Support("LlamaForCausalLM", _sizes("01-ai/Yi-*-Chat", "6B", "34B"), _GOLDEN, ("llama2",)),
+    Support("LlamaForCausalLM", _sizes("01-ai/Yi-Coder-*-Chat", "1.5B", "9B"), _GOLDEN, ("llama2",)),
     Support("LlamaForCausalLM", ("SUSTech/SUS-Chat-34B",), _GOLDEN, ("llama2",)),
     Support("YiForCausalLM", ("01-ai/Yi, oldest revisions",), "shapes", note="Llama with norms under other names"),
     Support(
@@ -61,6 +63,8 @@ SUPPORT = (
             "set rope_theta 500000 and rope_scaling dynamic in config.json; the scaling is fixed per request"),
     Support("InternLMForCausalLM", _sizes("internlm/internlm-chat-*", "7b", "20b"), _GOLDEN, ("internlm1",)),
     Support("InternLM2ForCausalLM", _sizes("internlm/internlm2-chat-*", "1_8b", "7b", "20b"), _GOLDEN, ("internlm2",)),
+    Support("InternLM3ForCausalLM", ("internlm/internlm3-8b-instruct",), "shapes",
+            note="Llama's formulas; dynamic RoPE scaling, fixed per request"),
     Support("QWenLMHeadModel", _sizes("Qwen/Qwen-*-Chat", "1_8B", "7B", "14B", "72B"), _GOLDEN,
             ("qwen1", "qwen1_long"), "dynamic NTK and log-n attention, fixed per request"),
     Support("Qwen2ForCausalLM",
@@ -101,6 +105,13 @@ SUPPORT = (
     Support("ChatGLMModel", ("THUDM/chatglm-6b", *_sizes("THUDM/chatglm-6b-*", "int4", "int8")), _GOLDEN, ("chatglm1",),
             "positions in two dimensions; a prompt is computed in one step"),
     Support("RwkvForCausalLM", ("RWKV/rwkv-4-raven",), _GOLDEN, ("rwkv4",), "a state per sequence; nothing to share"),
+    Support("Phi3ForCausalLM", ("microsoft/Phi-3-mini-4k-instruct",), "refused", note=_WINDOW),
+    Support("Gemma2ForCausalLM", _sizes("google/gemma-2-*", "9b", "27b"), "refused", note="every other layer has a sliding "
+            "window, and scores and logits are capped; neither is there"),
+    Support("TeleChat2ForCausalLM", _sizes("TeleAI/TeleChat2-*", "3B", "7B"), "refused",
+            note="its layout was not at hand to be verified"),
+    Support("MiniCPM3ForCausalLM", ("openbmb/MiniCPM3-4B",), "refused", note="its rotations are scaled by longrope, which is "
+            "not supported"),
     Support("GLM130B", ("THUDM/GLM-130B",), "refused", note=GLM_130B),
     Support("GLMModel", ("THUDM/glm-large-chinese",), "refused", note="an infilling model with learned block positions, not "
             "served as a chat model; its model_type is the same as GLM-4's"),

@@ -24,7 +24,10 @@ SEPARATE_FILES = (
     "quantize_config.json",
     "quant_config.json",
 )  # AutoGPTQ's and AutoAWQ's, where config.json is silent
-_MOSS_FLOAT, _MOSS_GROUP = 32, 128  # its wbits for weights that are not packed; its groupsize where none is said
+_MOSS_FLOAT, _MOSS_GROUP = (
+    32,
+    128,
+)  # its wbits for weights that are not packed; its groupsize where none is said
 _COMPRESSED = ("pack-quantized", "int-quantized", "float-quantized")
 
 

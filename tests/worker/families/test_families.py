@@ -81,11 +81,29 @@ def test_qwens_first_spelling(tmp_path: Path) -> None:
     assert old == new
 
 
-def test_a_sliding_window_that_is_used_is_refused(tmp_path: Path) -> None:
-    config_of(tmp_path, "qwen2", use_sliding_window=False, sliding_window=32, max_window_layers=2)
-    config_of(tmp_path, "qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=3)
+@pytest.mark.parametrize(
+    ("name", "fields", "used"),
+    [
+        ("qwen2", {"use_sliding_window": False, "max_window_layers": 2}, False),
+        ("qwen2", {"max_window_layers": 3}, False),
+        ("qwen2", {"max_window_layers": 2}, True),
+        ("qwen2", {"max_window_layers": 2, "layer_types": ["full_attention"] * 3}, False),
+        ("qwen2", {"max_window_layers": 3, "layer_types": ["full_attention", "sliding_attention"]}, True),
+        ("qwen2", {"max_window_layers": "absent", "num_hidden_layers": 29}, True),  # 28, for transformers
+        ("qwen2", {"max_window_layers": 2, "sliding_window": None}, False),
+        ("qwen3_moe", {"max_window_layers": 3}, True),  # in every layer
+        ("qwen2_moe", {"max_window_layers": 3}, True),
+    ],
+)
+def test_a_sliding_window_that_is_used_is_refused(
+    tmp_path: Path, name: str, fields: dict[str, Any], used: bool
+) -> None:
+    given = {"use_sliding_window": True, "sliding_window": 32, "layer_types": "absent"} | fields
+    if not used:
+        config_of(tmp_path, name, **given)
+        return
     with pytest.raises(CheckpointError, match="sliding window are not supported"):
-        config_of(tmp_path, "qwen2", use_sliding_window=True, sliding_window=32, max_window_layers=2)
+        config_of(tmp_path, name, **given)
 
 
 def test_glm_ratio_is_of_the_base_but_for_chatglm2(tmp_path: Path) -> None:

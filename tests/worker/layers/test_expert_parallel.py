@@ -171,6 +171,7 @@ def test_what_cannot_be_spread_is_refused() -> None:
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: 'sigmoid' expected"),
         ("deepseek_v3", {"n_group": 3}, "8 experts cannot form 3 equal groups"),
         ("deepseek_v3", {"attention_bias": True}, "attention_bias: false expected"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave: true expected"),
         ("deepseek_v2", {"num_experts_per_tok": 5}, "at most 4 experts per token"),
         ("qwen3_moe", {"num_experts_per_tok": 9}, "at most 8 experts per token"),
         ("qwen3_moe", {"num_local_experts": 9}, r"mlp.gate.weight.*\[9, 64\] expected, found \[8, 64\]"),

@@ -259,7 +259,8 @@ class Backend(Protocol):
         where nobody asks for them, which saves a sweep over the vocabulary.
 
         top_*: the N most likely ids under the raw logits, best first, lowest id first among equals.
-        Each row is a pure function of (its logits, its parameters, seed, position).
+        Each row is a pure function of (its logits, its parameters, seed, position). The id is -1, and the log-probability
+        NaN, where a logit is NaN or the largest, penalties applied, is infinite.
         """
         ...
 

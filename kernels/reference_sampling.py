@@ -58,8 +58,10 @@ def kept(logits_V: NDArray[np.float32], batch: SamplingBatch, s: int) -> tuple[A
 
 
 def sample_row(logits_V: Array, batch: SamplingBatch, s: int) -> tuple[int, float]:
-    """The id of row s and its raw log-probability."""
+    """The id of row s and its raw log-probability; -1 and NaN where no token can be drawn."""
     adjusted = penalised(logits_V, batch, s)
+    if not np.isfinite(adjusted.max()):  # which is NaN where any is
+        return -1, np.nan
     if batch.temperature_S[s] <= 0:
         chosen = int(np.argmax(adjusted))
     else:

@@ -29,7 +29,7 @@ from flm.kernels.cores import usable_cpus
 from flm.worker.adapters.adapter import AdapterSource
 from flm.worker.communication.channel import FollowerChannel, LeaderChannel, NoFollowers, ThreadChannel
 from flm.worker.communication.comm import LocalCommunicator, ThreadCommunicator
-from flm.worker.errors import AdapterNotFound, FlmError, InvalidRequest, RankFailed
+from flm.worker.errors import AdapterNotFound, FlmError, InvalidRequest, NotFinite, RankFailed
 from flm.worker.files.paths import resolve_model_path
 from flm.worker.group.rank import GroupSpec, Rank
 from flm.worker.plan import NewSequence, Scheduled, StepPlan
@@ -159,6 +159,8 @@ class Engine:
                 last = events.get()
                 if last.finish_reason is FinishReason.ERROR:
                     raise RankFailed(last.error)
+                if last.finish_reason is FinishReason.NOT_FINITE:
+                    raise NotFinite(f"model {self.spec.model!r} {last.error}")
                 yield last
         finally:
             if last is None or last.finish_reason is None:

@@ -53,6 +53,13 @@ class CheckpointError(FlmError):
         self.file = file
 
 
+class NotFinite(FlmError):
+    """A model computed logits from which no token can be drawn: they have a NaN, or the largest is infinite. It would do
+    so on any replica."""
+
+    code = "FAILED_PRECONDITION"
+
+
 class BackendUnavailable(FlmError):
     """This machine lacks something the kernels need; the message says what to install."""
 

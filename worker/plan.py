@@ -56,7 +56,7 @@ class StepPlan:
 
 @dataclass(slots=True)
 class Sampled:
-    """What was drawn for one scheduled sequence with sample=True."""
+    """What was drawn for one scheduled sequence with sample=True; token_id -1: the logits were not finite."""
 
     slot: int
     token_id: int

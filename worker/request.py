@@ -20,6 +20,7 @@ class FinishReason(Enum):
     LENGTH = "length"  # max_tokens or the context is used up
     CANCELLED = "cancelled"
     ERROR = "error"  # the replica failed; the gateway resumes the request elsewhere
+    NOT_FINITE = "not_finite"  # the logits were not; they would be the same elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Timings:
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """What one step adds to one request's stream. The last event has a finish_reason; it may carry no
-    token. `error` says why when finish_reason is ERROR. The first and the last event have timings."""
+    token. `error` says why when finish_reason is ERROR or NOT_FINITE. The first and the last event have timings."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -43,8 +43,8 @@ class Inbox:
         self._waiter: asyncio.Future[None] | None = None
 
     async def take(self) -> flm_pb2.ReplicaFrame:
-        """All that has arrived, as one frame. Raises Broken, or the FlmError that the request was refused with, once
-        there are no frames before it."""
+        """All that has arrived, as one frame. Raises Broken, or the FlmError that the request was refused or ended
+        with, once there are no frames before it."""
         if not self.frames and self.error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -224,6 +224,8 @@ class ReplicaLink:
                 continue  # cancelled a moment ago
             if frame.refusal:
                 inbox.finished = True
+                if frame.token_ids:
+                    inbox.put(frame)
                 inbox.fail(from_status_bytes(frame.refusal))
                 continue
             inbox.finished = frame.finish_reason != flm_pb2.FINISH_REASON_UNSPECIFIED

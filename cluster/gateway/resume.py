@@ -17,7 +17,7 @@ from flm.cluster.gateway.admission import Options
 from flm.cluster.gateway.replica_link import Broken, ReplicaLink
 from flm.cluster.gateway.replicas import Replicas
 from flm.proto import flm_pb2
-from flm.worker.errors import Lost, Overloaded, Unavailable
+from flm.worker.errors import Lost, NotFinite, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class TokenStream:
 
     async def frames(self) -> AsyncGenerator[flm_pb2.ReplicaFrame]:
         """Frames with tokens, and a last one with a finish reason other than ERROR. Raises FlmError: Lost after
-        too many restarts, Overloaded, Unavailable, DeadlineExceeded, or the replica's refusal of the request."""
+        too many restarts, Overloaded, Unavailable, DeadlineExceeded, NotFinite, or the replica's refusal of the request."""
         refusals: dict[str, Overloaded] = {}  # replica id → its last one
         until = self._wait_until()
         while True:
@@ -96,6 +96,9 @@ class TokenStream:
             except Unavailable as error:
                 self._replicas.put_aside(link, str(error))
                 continue
+            except NotFinite as error:
+                log.error("request %s: model %s %s", self._name, self._replicas.model, error)
+                raise NotFinite(f"model {self._replicas.model!r} {error}") from None
             except Broken as error:
                 self._replicas.put_aside(link, str(error))
             self._count_restart(link)

@@ -7,16 +7,17 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from flm.cluster.wire.grpc_errors import to_status
 from flm.cluster.wire.listen import bearer
 from flm.proto import flm_pb2
-from flm.worker.errors import Unavailable
+from flm.worker.errors import NotFinite, Unavailable
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
 REPLICA_ID = "flm-replica-id"
 MAX_BYTES = 4 << 20  # of one message, unless a single request or frame has more
 MAX_EVENTS = 4096  # of one frame: with logprobs of 20 alternatives each about a megabyte
 M = TypeVar("M", bound=Message)
-FINISH = {
+FINISH = {  # all but NOT_FINITE, which goes as a refusal does
     FinishReason.STOP: flm_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: flm_pb2.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: flm_pb2.FINISH_REASON_CANCELLED,
@@ -111,6 +112,9 @@ def to_frame(events: list[TokenEvent]) -> flm_pb2.ReplicaFrame:
         frame.timings.prefill = timings.prefill
         frame.timings.decode = timings.decode
     if last.finish_reason is not None:
+        if last.finish_reason is FinishReason.NOT_FINITE:
+            frame.refusal = to_status(NotFinite(last.error)).SerializeToString()
+            return frame
         frame.finish_reason = FINISH[last.finish_reason]
         frame.error = last.error
         if last.stop_token_id is not None:

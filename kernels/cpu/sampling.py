@@ -13,7 +13,7 @@ from numba import cfunc, njit
 
 from flm.kernels.cpu.memory import bits_of_float, f32_at, f64_at, float_of_bits, i32_at, i64_at, u8_at, u64_at
 from flm.kernels.cpu.opcodes import OP, ROW_WIDTH, next_task
-from flm.kernels.cpu.vector import exp_sum, maximum
+from flm.kernels.cpu.vector import exp_sum, maximum, maximum_or_nan
 
 BINS = 2048
 SPAN = 64  # logits of one block whose maximum tells whether to look inside
@@ -206,7 +206,7 @@ def _gather(weights, V, maxima, spans, floor, min_p, ids):  # type: ignore
 
 @njit
 def _choose(row, s, at, w_at, ids, counts, mass, maxima):  # type: ignore
-    """The id of row s from penalised logits at an address."""
+    """The id of row s from penalised logits at an address; -1 where no token can be drawn."""
     S, V, logits = row[2], row[3], f32_at(at, row[3])
     temperature, top_k, top_p, min_p = (
         f32_at(row[4], S)[s],
@@ -214,7 +214,9 @@ def _choose(row, s, at, w_at, ids, counts, mass, maxima):  # type: ignore
         f32_at(row[6], S)[s],
         f32_at(row[7], S)[s],
     )
-    top = maximum(at, V)
+    top = maximum_or_nan(at, V)
+    if not abs(top) < np.inf:
+        return np.int32(-1)
     if temperature <= 0:
         return _first_of(at, V, top)
     weights = f32_at(w_at, V)
@@ -282,7 +284,7 @@ def _sample_row(row, s, work):  # type: ignore
     chosen = _choose(row, s, source, w_at, ids, counts, mass, maxima)
     i32_at(row[17], S)[s] = chosen
     if row[21] != 0:
-        f32_at(row[21], S)[s] = np.float32(logits[chosen] - lse)
+        f32_at(row[21], S)[s] = np.float32(logits[chosen] - lse) if chosen >= 0 else np.float32(np.nan)
 
 
 @cfunc(OP, cache=True)

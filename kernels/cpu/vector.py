@@ -132,6 +132,25 @@ def maximum(ctx, x, count):  # type: ignore
 
 
 @intrinsic
+def maximum_or_nan(ctx, x, count):  # type: ignore
+    """The largest, or NaN where there is one."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, count = args
+        low = const(VF32, float("-inf"))
+
+        def pick(v: Any, most: Any, wrong: Any) -> list[Any]:
+            return [larger(b, v, most), b.select(b.fcmp_unordered("uno", v, v), v, wrong)]
+
+        most, wrong = sweep(b, count, [low, low], float("-inf"), lambda ld, st, acc: pick(ld(x), *acc))
+        most = tree(b, most, lambda p, q: larger(b, p, q))
+        wrong = tree(b, wrong, lambda p, q: b.select(b.fcmp_unordered("uno", p, p), p, q))
+        return b.select(b.fcmp_unordered("uno", wrong, wrong), wrong, most)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
 def exp_sum(ctx, x, out, count, factor, shift):  # type: ignore
     """out = exp(factor * x + shift); returns the sum of out."""
 

@@ -143,7 +143,7 @@ struct Chunk {
       for (int i = 0; i < 4; ++i) {
         s[n][i] = weight_of(s[n][i], most[i >> 1]);
         sum[i >> 1] = __fadd_rn(sum[i >> 1], s[n][i]);
-        if (sizeof(KV) == 1) s[n][i] = __fmul_rn(s[n][i], cache.v_scales[slot + 8 * n + (i & 1)]);
+        if (sizeof(KV) == 1) s[n][i] = weighed(s[n][i], cache.v_scales[slot + 8 * n + (i & 1)]);
       }
 #pragma unroll
     for (int n = 0; n < 2; ++n)

@@ -67,12 +67,16 @@ __device__ __forceinline__ float quad_sum(float v) {
 __device__ __forceinline__ float weight_of(float m, float most) {
   return m == kNone ? 0.f : exp2_approx(__fsub_rn(m, most));
 }
+// A part of no weight may be anything: a row's that belongs to another sequence than the keys.
 __device__ __forceinline__ float merged(float total, float w_total, float part, float w_part) {
-  return __fmaf_rn(part, w_part, __fmul_rn(total, w_total));
+  return __fmaf_rn(w_part == 0.f ? 0.f : part, w_part, __fmul_rn(total, w_total));
 }
+// 0 of no keys; NaN where a score was.
 __device__ __forceinline__ float normed(float total, float sum) {
-  return sum > 0.f ? __fmul_rn(total, __frcp_rn(sum)) : 0.f;
+  return sum == 0.f ? 0.f : __fmul_rn(total, __frcp_rn(sum));
 }
+// A weight times the scale of an int8 value, which may be anything where the key is not seen.
+__device__ __forceinline__ float weighed(float weight, float scale) { return weight > 0.f ? __fmul_rn(weight, scale) : 0.f; }
 // A score in units of log2(e). away: the key's position less the query's.
 __device__ __forceinline__ float score(float dot, float scale, float slope, int away) {
   return away <= 0 ? __fmaf_rn(slope, (float)away, __fmul_rn(dot, scale)) : kNone;

@@ -205,7 +205,7 @@ combine_latents(const float* __restrict__ parts, const float* __restrict__ facts
     sum = merged(sum, before, facts[2 * place + 1], added);
     total = merged(total, before, parts[place * LP + l], added);
   }
-  if (l < L) out_THL[(size_t)row * L + l] = narrow<T>(sum > 0.f ? total / sum : 0.f);
+  if (l < L) out_THL[(size_t)row * L + l] = narrow<T>(sum == 0.f ? 0.f : total / sum);
 }
 
 }  // namespace flm

@@ -193,7 +193,7 @@ struct Work {
           for (int i = 0; i < 2; ++i) {
             w[i] = weight_of(s[u][n][2 * r + i], highest[u][r]);
             sum[r] = __fadd_rn(sum[r], w[i]);
-            if (L::kBytes) w[i] = __fmul_rn(w[i], scales[n][i]);
+            if (L::kBytes) w[i] = weighed(w[i], scales[n][i]);
           }
           p[2 * n + r] = pair<T>(w[0], w[1]);
         }

@@ -20,16 +20,17 @@ __device__ __forceinline__ void store_head(KV* to, float*, const float (&v)[kCol
 template <>
 __device__ __forceinline__ void store_head<signed char>(signed char* to, float* scale, const float (&v)[kColumns],
                                                         int lane, int D) {
-  float most = 0.f;
+  float most = 0.f, wrong = 0.f;  // NaN where a value is not finite: codes would hide that
 #pragma unroll
   for (int j = 0; j < kColumns; ++j)
-    if (lane + 32 * j < D) most = fmaxf(most, fabsf(v[j]));
+    if (lane + 32 * j < D) most = fmaxf(most, fabsf(v[j])), wrong += v[j] - v[j];
   most = warp_max(most);
+  wrong = warp_sum(wrong);
   float inverse = most > 0.f ? 127.f / most : 0.f;
 #pragma unroll
   for (int j = 0; j < kColumns; ++j)
     if (lane + 32 * j < D) to[lane + 32 * j] = (signed char)__float2int_rn(v[j] * inverse);
-  if (lane == 0) *scale = most / 127.f;
+  if (lane == 0) *scale = most / 127.f + wrong;
 }
 
 template <class T>

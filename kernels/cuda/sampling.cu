@@ -4,7 +4,7 @@
 // what needs the whole row, so that few launches do: scan() finds the best token, which is all that greedy rows need;
 // weigh() the amount in each of kSteps steps of likelihood, and draws where nothing is filtered; pick() gathers the
 // tokens of the steps down to which filters may reach, few as a rule, from which one block filters and draws.
-// penalise() comes before where a row has penalties.
+// penalise() comes before where a row has penalties. A row that has a NaN, or whose largest is infinite, gets the id -1.
 #include "sampling.h"
 
 namespace flm {
@@ -29,6 +29,7 @@ struct Parameters {
     return {__uint_as_float((uint32_t)facts[kTop]), __fdiv_rn(1.f, floats[0]), fminf(floats[2], 1.f)};
   }
 };
+__device__ __forceinline__ bool finite(float v) { return fabsf(v) < __int_as_float(0x7f800000); }
 // Element i of this thread: a warp's 32 * kEach are neighbours.
 __device__ __forceinline__ int element(int i) {
   return blockIdx.x * kSlice + (threadIdx.x >> 5) * 32 * kEach + 32 * i + (threadIdx.x & 31);
@@ -166,7 +167,10 @@ scan(const float* __restrict__ logits_SV, const float* __restrict__ adjusted_SV,
   if (threadIdx.x == 0) {
     facts_S4[4 * s + kTop] = __float_as_uint(value_of(mine[1] >> 32));
     facts_S4[4 * s + kTotal] = __float_as_uint(total);
-    if (row.floats[0] <= 0.f) {
+    if (!finite(value_of(mine[1] >> 32))) {
+      ids_S[s] = -1;
+      if (logprobs_S) logprobs_S[s] = __int_as_float(0x7fffffff);
+    } else if (row.floats[0] <= 0.f) {
       ids_S[s] = id_of(mine[1]);
       if (logprobs_S) logprobs_S[s] = row.raw[id_of(mine[1])] - total;
     }
@@ -204,6 +208,7 @@ weigh(const float* __restrict__ logits_SV, const float* __restrict__ adjusted_SV
   if (!(row.floats[0] > 0.f)) return;
   uint64_t* facts = facts_S4 + 4 * s;
   Weights weights = row.weights(facts);
+  if (!finite(weights.top)) return;  // scan() has said so
   bool by_count = top_k > 0 && top_k < V, by_mass = !by_count && row.floats[1] < 1.f;
   for (int i = threadIdx.x; i < kSteps; i += kThreads) counts[i] = 0, masses[i] = 0;
   __syncthreads();
@@ -263,6 +268,7 @@ pick(const float* __restrict__ logits_SV, const float* __restrict__ adjusted_SV,
   if (!(row.floats[0] > 0.f) || !(by_count || top_p < 1.f)) return;
   const uint64_t* facts = facts_S4 + 4 * s;
   Weights weights = row.weights(facts);
+  if (!finite(weights.top)) return;
   int cut = (int)facts[kCut], *ids = reinterpret_cast<int*>(values + kRoom);
   unsigned* found = found_SP + (size_t)s * P;
   unsigned short* places = places_SP + (size_t)s * P * kSlice;

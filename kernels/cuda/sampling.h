@@ -10,8 +10,8 @@ namespace flm {
 
 constexpr int kThreads = 512, kWarpCount = kThreads / 32, kBins = 256;
 
-__device__ __forceinline__ uint32_t key_of(float v) {  // ordered like the floats; -0 counts as 0
-  uint32_t bits = __float_as_uint(v + 0.f);
+__device__ __forceinline__ uint32_t key_of(float v) {  // ordered like the floats; -0 counts as 0, NaN is the largest
+  uint32_t bits = v == v ? __float_as_uint(v + 0.f) : 0x7fffffffu;
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 __device__ __forceinline__ float value_of(uint32_t key) {

@@ -110,6 +110,12 @@ class FakeReplica:
             ids, self.running = list(self.running), {}
         self._on_events([TokenEvent(i, finish_reason=FinishReason.ERROR, error=why) for i in ids])
 
+    def not_finite(self, why: str) -> None:
+        """As when no token can be drawn for any of its requests."""
+        with self._lock:
+            ids, self.running = list(self.running), {}
+        self._on_events([TokenEvent(i, finish_reason=FinishReason.NOT_FINITE, error=why) for i in ids])
+
     def rebuilt(self) -> None:
         self.state, self.failure = "ready", ""
 

@@ -152,3 +152,22 @@ def test_lists_must_fit_row_ptr(cpu, rng):
     logits, batch = make(rng, 2, 10)
     with pytest.raises(ShapeError, match=r"\(4,\) expected, got \(0,\)"):
         run(cpu, logits, replace(batch, row_ptr=np.array([0, 2, 4], np.int32)))
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_rows_that_are_not_finite_have_no_token(cpu, exact, rng, filters):
+    logits, batch = make(rng, 7, 1027, **filters)
+    batch = with_history(rng, batch, 7, 1027, repetition_S=1.2, presence_S=0.5, frequency_S=0.25)
+    fine = run(cpu, logits, batch, 3)
+    logits[1, 5] = logits[2, 1026] = np.nan
+    logits[3, 700] = -np.float32(np.nan)  # the sign is in its bits
+    logits[4, 3], logits[5, :], logits[6, 8] = np.inf, -np.inf, -np.inf  # the last is a token that cannot be
+    for backend in (cpu, exact):
+        with np.errstate(invalid="ignore"):
+            ids, values, *_ = run(backend, logits, batch, 3)
+        assert ids[1:6].tolist() == [-1] * 5 and np.isnan(values[1:6]).all()
+        assert ids[6] >= 0 and np.isfinite(values[[0, 6]]).all()
+        plain = np.full(7, -7, np.int32)
+        backend.sample(logits, batch, plain, None)
+        assert plain.tolist() == ids.tolist()
+    assert np.array_equal(ids[0], fine[0][0])

@@ -275,6 +275,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> TokenEvent:
         """Add a sampled token and end the sequence where that is due."""
         token, params = sampled.token_id, sequence.request.params
+        if token < 0:
+            return sequence.not_finite_event(self._finish(sequence, now))
         sequence.token_ids.append(token)
         self._tokens_generated += 1
         timings = Timings()
@@ -289,12 +291,10 @@ class Scheduler:
             logprobs = (TokenLogprobs(token, sampled.logprob, tuple(sampled.top)),)
         if len(sequence.token_ids) < sequence.max_length:
             return sequence.event((token,), logprobs, timings)
-        timings = self._finish(sequence, now)
-        return sequence.last_event(FinishReason.LENGTH, timings, (token,), logprobs)
+        return sequence.last_event(FinishReason.LENGTH, self._finish(sequence, now), (token,), logprobs)
 
     def _finish(self, sequence: Sequence, now: float) -> Timings:
         self._remove(sequence)
         timings = sequence.timings(now)
-        seconds = timings.prefill + timings.decode
-        self._service_time.add(seconds)
+        self._service_time.add(timings.prefill + timings.decode)
         return timings

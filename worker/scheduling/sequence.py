@@ -83,3 +83,11 @@ class Sequence:
             timings,
             error,
         )
+
+    def not_finite_event(self, timings: Timings) -> TokenEvent:
+        """The end of a sequence of which no token can be drawn."""
+        why = (
+            f"computed logits that are not finite after {len(self.token_ids)} tokens, {self.num_prompt} of them the "
+            "prompt's: its checkpoint is damaged, or values exceed what the dtype of its activations can hold"
+        )
+        return self.last_event(FinishReason.NOT_FINITE, timings, error=why)

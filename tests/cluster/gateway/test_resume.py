@@ -12,7 +12,7 @@ from flm.cluster.client import AsyncClient, Sampling
 from flm.cluster.gateway import resume
 from flm.cluster.gateway.router import ReplicaRoute
 from flm.proto import flm_pb2
-from flm.worker.errors import Lost, Unavailable
+from flm.worker.errors import Lost, NotFinite, Unavailable
 
 Start = Callable[..., Awaitable[Any]]
 Expected = Callable[..., list[int]]
@@ -256,4 +256,25 @@ async def test_no_replica_left(start_cluster: Start, monkeypatch: pytest.MonkeyP
         await cluster.seats[0].cable.cut()
         with pytest.raises(Unavailable, match="m-0 ready"):
             [f async for f in stream]
+    await cluster.settled()
+
+
+async def test_what_would_be_the_same_elsewhere_is_not_tried_there(start_cluster: Start) -> None:
+    cluster = await start_cluster(2)
+    hold(cluster, 3)
+    frames: list[flm_pb2.GenerateFrame] = []
+
+    async def read(client: AsyncClient) -> None:
+        async for frame in client.generate("hello", Sampling(seed=1)):
+            frames.append(frame)
+            if sum(len(f.token_ids) for f in frames) == 3:
+                for seat in cluster.seats:
+                    seat.replica.not_finite("computed nonsense")
+
+    async with AsyncClient(cluster.address) as client:
+        with pytest.raises(NotFinite, match="model 'm' computed nonsense"):
+            await read(client)
+    assert sum(len(f.token_ids) for f in frames) == 3
+    assert sum(len(seat.replica.accepted) for seat in cluster.seats) == 1
+    assert all(view.ready for view in cluster.views())
     await cluster.settled()

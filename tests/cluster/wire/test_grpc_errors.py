@@ -20,6 +20,7 @@ SAMPLES = [
     errors.InvalidRequest("sampling.temperature", "expected [0, 100], got nan"),
     errors.ConfigError("expected a number", file="x.yaml", line=3, field="models.0.replicas"),
     errors.CheckpointError("model.gguf", "truncated"),
+    errors.NotFinite("model 'm' computed NaN"),
     errors.BackendUnavailable("no OpenMP"),
     errors.DoesNotFit("needs 3 GiB"),
     errors.OutOfMemory("the GPU has no room for 3 MiB more"),

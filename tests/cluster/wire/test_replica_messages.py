@@ -1,7 +1,9 @@
 """Requests and events on the wire between gateway and replica."""
 
+from flm.cluster.wire.grpc_errors import from_status_bytes
 from flm.cluster.wire.replica_messages import FINISH, MAX_BYTES, to_frame, to_steps
 from flm.proto import flm_pb2
+from flm.worker.errors import NotFinite
 from flm.worker.request import FinishReason, Timings, TokenEvent, TokenLogprobs
 
 
@@ -38,4 +40,12 @@ def test_what_has_come_up_is_sent_in_messages_that_arrive() -> None:
 
 
 def test_every_finish_reason_is_known() -> None:
-    assert set(FINISH) == set(FinishReason)
+    assert set(FINISH) == set(FinishReason) - {FinishReason.NOT_FINITE}
+
+
+def test_logits_that_are_not_finite_end_a_stream_behind_its_tokens() -> None:
+    events = [TokenEvent("a", (1,)), TokenEvent("a", finish_reason=FinishReason.NOT_FINITE, error="why")]
+    frame = to_frame(events)
+    error = from_status_bytes(frame.refusal)
+    assert (list(frame.token_ids), frame.finish_reason) == ([1], flm_pb2.FINISH_REASON_UNSPECIFIED)
+    assert (type(error), str(error)) == (NotFinite, "why")

@@ -51,6 +51,18 @@ def filled_cache(device, rng, J, D, kv):
     return cache, ReferenceCache(wide[0], wide[1], SIZE)
 
 
+def spoil_unused(cache, tables, sequences, positions):
+    """NaN wherever no token of the step looks: a block may have been another's, whose values were not finite."""
+    unused = np.ones(BLOCKS * SIZE, bool)
+    for s, last in zip(sequences, positions, strict=True):
+        if s >= 0:
+            at = np.arange(last + 1)
+            unused[tables[s, at // SIZE] * SIZE + at % SIZE] = False
+    unused = unused.reshape(BLOCKS, SIZE)
+    for codes, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+        np.swapaxes(codes if scales is None else scales, 1, 2)[unused] = np.nan
+
+
 def step(device, rng, shape, activation, kv, sequences, positions, slopes=None):
     """Everything that paged_attention takes, and what it must give."""
     H, J, D = shape
@@ -58,12 +70,27 @@ def step(device, rng, shape, activation, kv, sequences, positions, slopes=None):
     tables = np.concatenate(
         [rng.permutation(BLOCKS).reshape(4, 4), rng.permutation(BLOCKS)[:4, None]], axis=1
     )
+    spoil_unused(cache, tables, sequences, positions)
     tables = guarded(tables.astype(np.int32), 4)
     q = normal(rng, (len(sequences), H, D), activation)
     index, at = (guarded(np.array(v, np.int32), 4) for v in (sequences, positions))
     want = np.empty(q.shape)
     ReferenceBackend(np.float64).paged_attention(q, wide, tables, index, at, D**-0.5, want, slopes)
     return (q, cache, tables, index, at, D**-0.5), want
+
+
+@pytest.mark.parametrize("kv", ["float16", "int8"])
+def test_what_is_not_finite_shows_in_rows_that_see_it_alone(device, kv):
+    device.setting, rng = 0, np.random.default_rng(3)
+    (q, cache, tables, *rest), want = step(device, rng, SHAPES[0], "float16", kv, SEQUENCES, POSITIONS)
+    for codes, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+        (codes if scales is None else scales)[tables[3, 62 // SIZE], :, 62 % SIZE] = np.nan
+    space = short_chunks(device, len(SEQUENCES) * SHAPES[0][0], 64)
+    for decode in (True, False):
+        out = device.empty(q.shape, "float16")
+        ops.paged_attention(device, q, cache, tables, *rest, out, space, None, decode)
+        assert np.isnan(out[8:]).all()
+        assert_close(out[:8], want[:8], 2e-3, 2e-3)
 
 
 def short_chunks(device, rows, D):

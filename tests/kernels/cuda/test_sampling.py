@@ -152,3 +152,28 @@ def test_wrong_arguments_are_refused(device):
         ops.sample(device, logits, ops.upload(device, batch), ids, None, space)
     with pytest.raises(ShapeError, match="at most 1048576 tokens expected"):
         ops.SamplingSpace(device, 1, 1 << 21)
+
+
+@pytest.mark.parametrize("changes", [CASES[0], CASES[1], CASES[3], CASES[4], CASES[6]])
+@pytest.mark.parametrize("history", [False, True])
+def test_rows_that_are_not_finite_have_no_token(device, changes, history):
+    device.setting, rng = 0, np.random.default_rng(8)
+    logits, batch = make(rng, 6, 5001, history, **changes, **(PENALTIES if history else {}))
+    logits[1, 4999], logits[2, 17] = np.nan, -np.float32(np.nan)
+    logits[3, 5], logits[4, :], logits[5, 7] = np.inf, -np.inf, -np.inf
+    ids, plain, logprobs = (
+        device.empty((6,), "int32"),
+        device.empty((6,), "int32"),
+        device.empty((6,), "float32"),
+    )
+    space, there = ops.SamplingSpace(device, 6, 5001), ops.upload(device, batch)
+    for _ in range(2):  # and leaves nothing behind that the next step would meet
+        ops.sample(device, logits, there, ids, logprobs, space)
+        ops.sample(device, logits, there, plain, None, space)
+        assert ids[1:5].tolist() == [-1] * 4 and np.isnan(logprobs[1:5]).all()
+        assert np.array_equal(plain, ids)
+    want = np.empty(6, np.int32), np.empty(6)
+    with np.errstate(invalid="ignore"):
+        ReferenceBackend(np.float64).sample(logits, batch, *want)
+    assert np.array_equal(ids, want[0])
+    assert_close(logprobs[[0, 5]], want[1][[0, 5]], 2e-6, 2e-6)

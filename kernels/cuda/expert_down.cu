@@ -98,12 +98,7 @@ expert_down(const T* __restrict__ act_PF, const uint4* __restrict__ codes, const
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < choices * 16; i += 256) {
-    float v = 0.f;
-#pragma unroll
-    for (int s = 0; s < 8; ++s) v += parts[(i / 16 * 8 + s) * 16 + i % 16];
-    sums[i] = v;
-  }
+  for (int i = threadIdx.x; i < choices * 16; i += 256) sums[i] = sum_of_slices(parts + i / 16 * 8 * 16, 16, i % 16);
   __syncthreads();
   int n = blockIdx.x * 16 + threadIdx.x;
   if (threadIdx.x >= 16 || n >= N) return;

@@ -37,8 +37,8 @@ grouped_linear(const T* __restrict__ x, const uint4* __restrict__ codes, const S
                OUT* __restrict__ out, const int* __restrict__ ids, const int* __restrict__ starts,
                const int* __restrict__ order, int pairs, int count, int first, int divide, int N, int K, int x_lead,
                int out_lead, int row_tiles, int k_tiles, int span) {
-  constexpr int kStep = kSteps<FORMAT>, kDepth = ROWS > 2 ? 2 : 4, kOuts = (GATED ? 8 : 16) * ROWS;
-  FLM_SMEM(float, parts, 8 * 8 * ROWS * 16);  // [warp][column][row]
+  constexpr int kStep = kSteps<FORMAT>, kOuts = (GATED ? 8 : 16) * ROWS, kPlaces = 8 * 16 * ROWS;
+  FLM_SMEM(float, parts, 8 * kPlaces);  // [warp][column][row]
   FLM_SMEM(int, found, 2 + kMostTokens);
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, row_tile = blockIdx.x * ROWS;
   int e = blockIdx.y, rows = pairs / count;
@@ -53,12 +53,12 @@ grouped_linear(const T* __restrict__ x, const uint4* __restrict__ codes, const S
   if (rows == 0) return;
   int spans = k_tiles / span, from = spans * warp / 8 * span, last = spans * (warp + 1) / 8 * span;
   int groups = GROUP ? k_tiles * kStep / max(GROUP, 1) : 0, base = min(row_tile, row_tiles - 1);
-  const uint4* code[ROWS];
-  int row_stride[ROWS];
+  const uint4* code = codes + (((size_t)e * row_tiles + base) * k_tiles + from) * 32 + lane;
+  int code_stride[ROWS], row_stride[ROWS];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {  // rows behind the last are computed from the last, and not stored
     int row = min(row_tile + r, row_tiles - 1);
-    code[r] = codes + ((size_t)e * row_tiles + row) * k_tiles * 32 + lane;
+    code_stride[r] = (row - base) * k_tiles * 32;
     row_stride[r] = (row - base) * groups * 16;
   }
 
@@ -71,55 +71,13 @@ grouped_linear(const T* __restrict__ x, const uint4* __restrict__ codes, const S
       slice.scales = scales + (row * groups + from * kStep / max(GROUP, 1)) * 16 + g;
       slice.load_scales(from < last);
     }
-    uint4 ring[kDepth][ROWS];
-    auto load_tile = [&](uint4(&to)[ROWS], int number) {
-      if (number >= last) return;
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) to[r] = ldg_stream(code[r] + (size_t)number * 32);
-    };
-#pragma unroll
-    for (int i = 0; i < kDepth; ++i) load_tile(ring[i], from + i);
-    int column = done + g, pair = column >= rows ? -1 : list ? list[column] : column * count + e;
-    const T* row_x = pair < 0 ? nullptr : x + (size_t)(pair / divide) * x_lead;
-    uint2 x_next[kStep];
-    auto load_x = [&](int number) {
-#pragma unroll
-      for (int s = 0; s < kStep; ++s) {
-        int k = (number * kStep + s) * 16 + 4 * t;
-        x_next[s] = make_uint2(0u, 0u);
-        if (row_x && number < last && k < K) x_next[s] = *reinterpret_cast<const uint2*>(row_x + k);
-      }
-    };
-    load_x(from);
-    for (int tile = from; tile < last; tile += kDepth) {
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        if (tile + i >= last) break;
-        uint2 x_now[kStep];
-        memcpy(x_now, x_next, sizeof x_now);
-        load_x(tile + i + 1);
-#pragma unroll
-        for (int s = 0; s < kStep; ++s) {
-          const uint2 part[1] = {x_now[s]};
-          slice.template step<FORMAT>(ring[i], part, s);
-          int steps = (tile + i) * kStep + s + 1;
-          if (GROUP && steps % max(GROUP, 1) == 0) slice.end_group(steps < last * kStep);
-        }
-        load_tile(ring[i], tile + i + kDepth);
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        parts[(warp * 8 + 2 * t + (i & 1)) * 16 * ROWS + 16 * r + g + 8 * (i >> 1)] = slice.acc[r][0][i];
+    int column = min(done + g, rows - 1);  // columns behind the last are computed from the last, and not stored
+    int pair = list ? list[column] : column * count + e;
+    const T* row_x[1] = {x + (size_t)(pair / divide) * x_lead + from * kStep * 16 + 4 * t};
+    multiply<FORMAT, (ROWS > 2 ? 2 : 4)>(slice, code, code_stride, row_x, from, last, K, t);
+    slice.put(parts + warp * kPlaces, g, t);
     __syncthreads();
-    auto sum_of = [&](int at) {
-      float v = 0.f;
-#pragma unroll
-      for (int w = 0; w < 8; ++w) v += parts[w * 8 * 16 * ROWS + at];
-      return v;
-    };
+    auto sum_of = [&](int at) { return sum_of_slices(parts, kPlaces, at); };
     for (int o = threadIdx.x; o < min(8, rows - done) * kOuts; o += 256) {
       int c = o / kOuts, r = o % kOuts, n = blockIdx.x * kOuts + r;
       if (n >= N) continue;

@@ -94,12 +94,7 @@ tiled_grouped(const T* __restrict__ x, const uint4* __restrict__ codes, const S*
       }
       while (slice_number < 8 && spans * (slice_number + 1) / 8 * span <= tile + 1) {
         ++slice_number;  // where slices are empty, several end here
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-          for (int c = 0; c < COLS; ++c)
-#pragma unroll
-            for (int i4 = 0; i4 < 4; ++i4) total[r][c][i4] += slice.acc[r][c][i4], slice.acc[r][c][i4] = 0.f;
+        slice.end_slice(total);
       }
     }
     __syncthreads();

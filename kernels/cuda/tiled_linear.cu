@@ -92,12 +92,7 @@ tiled_linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const 
       while (tile + 1 >= slice_end && slice_number < 8) {
         ++slice_number;  // where slices are empty, several end here
         slice_end = spans * (slice_number + 1) / 8 * span;
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-          for (int c = 0; c < COLS; ++c)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) total[r][c][e] += slice.acc[r][c][e], slice.acc[r][c][e] = 0.f;
+        slice.end_slice(total);
       }
     }
   }
@@ -112,9 +107,7 @@ tiled_linear(const T* __restrict__ x_MK, const uint4* __restrict__ codes, const 
         int n = (row_tile + r) * 16 + g + 8 * (e >> 1), m = m0 + wm * 32 + 8 * c + 2 * t + (e & 1);
         if (n >= N || m >= M) continue;
         float v = total[r][c][e];
-        if (bias_N) v += bias_N[n];
-        size_t at = (size_t)m * N + n;
-        out_MN[at] = narrow<OUT>(accumulate ? widen(out_MN[at]) + v : v);
+        write_out(out_MN[(size_t)m * N + n], bias_N ? v + bias_N[n] : v, accumulate);
       }
 }
 

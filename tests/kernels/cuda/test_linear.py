@@ -178,7 +178,7 @@ def test_linear_under_all_schedules(device):
     [
         ("  __syncthreads();\n  for (int o", "  for (int o"),
         ("next[r][1] = scales[row_stride[r] + 8]", "next[r][1] = scales[row_stride[r]]"),
-        ("load_tile(ring[i], i + kDepth);", "load_tile(ring[i], i + kDepth + 1);"),
+        ("load_tile(ring[i], i + DEPTH);", "load_tile(ring[i], i + DEPTH + 1);"),
         ("whole || 16 * s < inputs", "whole || 16 * s <= inputs + 16"),
         ("dot[r][c][i] = 0.f;", ""),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 from flm.cluster.client.admin_client import AdminClient
 from flm.cluster.launch.joined_ray import answers, require_answer
@@ -11,6 +12,7 @@ from flm.cluster.state import Endpoint, forget
 from flm.worker.errors import Unavailable
 
 STOP_SECONDS = 15.0  # for ranks to end once they have drained
+PAUSE = 0.1  # seconds before a controller that died is asked again
 
 
 def end_cluster(endpoint: Endpoint) -> None:
@@ -28,11 +30,21 @@ def end_cluster(endpoint: Endpoint) -> None:
 
 
 def drain_cluster(endpoint: Endpoint, timeout: float | None) -> None:
-    """Let all streams finish, at most `timeout` seconds, None: as long as their models' drain_timeout. Unavailable
-    where the controller does not answer."""
+    """Let all streams finish, at most `timeout` seconds, None: as long as their models' drain_timeout. A controller that
+    dies meanwhile is asked again once it is back, for the time that is left. Unavailable where it does not answer."""
     longest = endpoint.drain_timeout if timeout is None else timeout
-    with AdminClient(endpoint.admin, endpoint.admin_key) as client:
-        client.shutdown(timeout, longest + STOP_SECONDS)
+    until = time.monotonic() + longest + STOP_SECONDS
+    while True:
+        left = until - time.monotonic()
+        try:
+            with AdminClient(endpoint.admin, endpoint.admin_key) as client:
+                return client.shutdown(timeout, left)
+        except Unavailable:
+            if time.monotonic() + PAUSE > until or why_gone(endpoint):
+                raise
+            time.sleep(PAUSE)
+            if timeout is not None:
+                timeout = max(until - STOP_SECONDS - time.monotonic(), 0.0)
 
 
 def head_of(endpoint: Endpoint) -> RayHead | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_cluster import MODEL, byte_tokenizer
+from gguf import GGUFWriter
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 
@@ -110,6 +111,35 @@ def test_defaults_out_of_range_are_named(
     spec = ServedModel("m", str(folder), 64)
     with pytest.raises(CheckpointError, match=f"generation_config.json: {said}; `generation_config: none`"):
         read_words(spec, lambda path: tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"temp": 0.5, "top_k": 20, "top_p": 0.75, "min_p": 0.25, "penalty_repeat": 1.5, "mirostat": 0},
+         {"temperature": 0.5, "top_k": 20, "top_p": 0.75, "min_p": 0.25, "repetition_penalty": 1.5}),
+        ({"temp": -1.0, "top_k": -1}, {"temperature": 0.0, "top_k": 0}),
+        ({}, {}),
+        ({"top_p": 1.5}, r"general.sampling.top_p: expected \(0.0, 1.0\], got 1.5; `generation_config: none`"),
+    ],
+)  # fmt: skip
+def test_defaults_of_sampling_in_gguf(
+    tmp_path: Path, tokenizer: Tokenizer, given: dict[str, float], found: dict[str, float] | str
+) -> None:
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama")
+    for name, value in given.items():
+        (writer.add_int32 if isinstance(value, int) else writer.add_float32)(
+            f"general.sampling.{name}", value
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    read = lambda: read_words(ServedModel("m", str(tmp_path / "m.gguf"), 64), lambda path: tokenizer).sampling
+    if isinstance(found, dict):
+        assert read() == found
+    else:
+        with pytest.raises(CheckpointError, match=f"m.gguf: {found}"):
+            read()
 
 
 def test_a_switch_of_vllm_is_understood(folder: Path, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""Draining a cluster: how long the call may take."""
+"""Draining a cluster: how long the call may take, and what follows where its controller dies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import grpc
 import pytest
 
 from flm.cluster.client.admin_client import WAIT
+from flm.cluster.launch import ending
 from flm.cluster.launch.ending import drain_cluster
 from flm.cluster.state import Endpoint
 from flm.proto import flm_pb2, flm_pb2_grpc
+from flm.worker.errors import Unavailable
 
 
 class Asked(flm_pb2_grpc.AdminServicer):
@@ -20,12 +22,16 @@ class Asked(flm_pb2_grpc.AdminServicer):
     def __init__(self) -> None:
         self.drain_timeout: float | None = None
         self.patience = 0.0
+        self.asked = self.deaths = 0
 
     def Shutdown(
         self, request: flm_pb2.ShutdownRequest, context: grpc.ServicerContext
     ) -> flm_pb2.ShutdownResponse:
         self.drain_timeout = request.drain_timeout if request.HasField("drain_timeout") else None
         self.patience = context.time_remaining()
+        self.asked += 1
+        if self.asked <= self.deaths:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
         return flm_pb2.ShutdownResponse()
 
 
@@ -47,3 +53,27 @@ def test_the_call_outlasts_the_drain(admin: tuple[Asked, str], given: float | No
     drain_cluster(Endpoint("c", "h:1", address, drain_timeout=longest), given)
     assert asked.drain_timeout == given
     assert asked.patience > (longest if given is None else given) + 1
+
+
+@pytest.mark.parametrize("given", [None, 90.0])
+def test_a_controller_that_dies_meanwhile_is_asked_again(
+    admin: tuple[Asked, str], given: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, address = admin
+    asked.deaths = 2
+    monkeypatch.setattr(ending, "why_gone", lambda endpoint: "")
+    monkeypatch.setattr(ending, "PAUSE", 0.01)
+    drain_cluster(Endpoint("c", "h:1", address, drain_timeout=60.0), given)
+    assert asked.asked == 3
+    assert asked.drain_timeout is None if given is None else 80.0 < (asked.drain_timeout or 0) < 90.0
+
+
+def test_of_a_cluster_that_is_gone_nobody_is_asked_again(
+    admin: tuple[Asked, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, address = admin
+    asked.deaths = 2
+    monkeypatch.setattr(ending, "why_gone", lambda endpoint: "its processes are gone")
+    with pytest.raises(Unavailable, match="Socket closed"):
+        drain_cluster(Endpoint("c", "h:1", address, drain_timeout=60.0), None)
+    assert asked.asked == 1

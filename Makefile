@@ -64,9 +64,9 @@ bench: $(VENV)/.dev .bench-venv/.ready
 	$(BIN)/python benchmarks/compare.py --peer-python .bench-venv/bin/python
 	$(BIN)/python benchmarks/bench_gateway.py
 
-# On a machine with an NVIDIA GPU, with a Python that has the extras cuda13 and dev; Ray is not needed.
+# On a machine with an NVIDIA GPU, with a Python that has the extras cuda13, cublas13 and dev; Ray is not needed.
 gpu-check:
-	PYTHONPATH=.typing $(PYTHON) benchmarks/gpu_check.py
+	PYTHONPATH=.typing:$$PYTHONPATH $(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 stubs: $(VENV)/.dev
 	$(BIN)/python -m grpc_tools.protoc -I .typing --python_out=.typing --pyi_out=.typing \

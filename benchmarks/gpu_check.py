@@ -1,31 +1,31 @@
-"""Everything that can be said of this project on a machine with a GPU, in one go; meant to take under eight minutes.
+"""Everything that can be said of this project on a machine with a GPU, in one go of less than ten minutes.
 
-    PYTHONPATH=.typing python benchmarks/gpu_check.py [--only tests,sanitizer,speed]
+    PYTHONPATH=.typing python benchmarks/gpu_check.py [--only tests,library,decode] [--seconds 540] [--out FOLDER]
 
-Kernel tests on the device against the reference, the engine on golden checkpoints, two processes that share the GPU as the
-ranks of a replica, NCCL's calls, compute-sanitizer over one test of each kernel, then speed. Needs cupy, NVRTC (extras cuda13, dev) and no Ray. Writes benchmarks/results/<device>.json and prints a table.
+Stages are processes of their own, each with a time limit: one that fails, hangs or breaks the GPU's context takes nothing from
+the others, and what it had measured until then is kept. Results are written after every stage, to <device>.json. Kernel tests
+on the device against the reference, the engine on golden checkpoints, two processes that share the GPU as the ranks of a
+replica and NCCL's calls come first, then speed, then compute-sanitizer over one test of each kernel. Needs cupy, NVRTC
+(extras cuda13, dev) and no Ray; what else is missing costs the tests that need it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import gpu_decode
-import gpu_dummy
-import gpu_kernels
-import gpu_peers
-
-from flm.kernels.cuda.backend import CudaBackend
-from flm.kernels.cuda.device import CupyDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = "tests/kernels/cuda"
@@ -41,194 +41,158 @@ CHECKED = (
     "test_between_gpus.py",
 )
 CHOSEN = "not faults and not golden and (schedules or take or alone or group_of_one or route)"
+LIMIT = 540.0  # seconds of all stages together
+TEST_NAME = re.compile(r"tests/\S+")
+SHORTEST = 10.0  # seconds that a stage must have left
+GRACE = 5.0  # seconds for a stage to end what it runs
 
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
-SAMPLING = {
-    "greedy": (0.0,),
-    "drawn": (1.0,),
-    "top_p 0.9": (1.0, 0, 0.9),
-    "top_k 50, top_p 0.9": (1.0, 50, 0.9),
-}
+@dataclass(frozen=True)
+class Stage:
+    """A command, the seconds it may take, and whether its failure is the check's."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    required: bool = True
 
 
-def run_pytest(*arguments: str, prefix: tuple[str, ...] = (), timeout: float) -> dict[str, Any]:
-    """One pytest run with the kernels on the device: its last line, seconds, and whether all passed."""
-    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    env = os.environ | {"FLM_TEST_GPU": "1", "PYTHONPATH": str(ROOT / ".typing")}
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"passed": False, "said": f"not done after {timeout:g} s", "seconds": timeout}
-    lines = [*done.stdout.strip().splitlines(), *done.stderr.strip().splitlines()]
-    if done.returncode:
-        print("\n".join(lines[-60:]))
-    said = lines[-1] if lines else ""
-    return {"passed": done.returncode == 0, "said": said, "seconds": time.monotonic() - start}
+def pytest_command(*arguments: str, processes: int = 1) -> list[str]:
+    """pytest over kernel tests, with what is installed here of its plugins: the project's own options want all of them."""
+    has = lambda name: importlib.util.find_spec(name) is not None
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=--import-mode=importlib", "--continue-on-collection-errors"]
+    command += ["--timeout=90"] if has("pytest_timeout") else []
+    command += ["-n", str(processes), "--dist", "loadfile"] if processes > 1 and has("xdist") else []
+    return [*command, *arguments]
 
 
-def sanitized() -> dict[str, Any]:
-    """memcheck and racecheck over one test of each kernel."""
+def stages() -> list[Stage]:
+    """In order: what would be missed most first."""
+    speed = lambda name, seconds: Stage(name, [sys.executable, "benchmarks/gpu_speed.py", name], seconds)
+    made = [
+        speed("facts", 60),
+        Stage("tests", pytest_command(TESTS, processes=6), 210),
+        speed("library", 60),
+        speed("decode", 90),
+        speed("prompts", 70),
+        speed("products", 60),
+        speed("kernels", 80),
+        speed("peers", 40),
+    ]
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        return {"passed": None, "said": "compute-sanitizer is not installed"}
-    found = {}
-    for kind in ("memcheck", "racecheck"):
-        prefix = (tool, "--tool", kind, "--error-exitcode", "99", "--target-processes", "all")
-        paths = [f"{TESTS}/{name}" for name in CHECKED]
-        found[kind] = run_pytest(*paths, "-k", CHOSEN, prefix=prefix, timeout=90)
+    paths = [f"{TESTS}/{name}" for name in CHECKED]
+    for kind in ("memcheck", "racecheck") if Path(tool).exists() else ():
+        watched = (tool, "--tool", kind, "--error-exitcode", "99", "--target-processes", "all")
+        made.append(Stage(kind, [*watched, *pytest_command(*paths, "-k", CHOSEN)], 75, False))
+    return made
+
+
+def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
+    """What became of it: passed, seconds, the rows that it wrote, the tests that failed, and its last words where it did."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows, output = Path(folder, "rows"), Path(folder, "output")
+        paths = [str(ROOT / ".typing"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {"FLM_TEST_GPU": "1", "FLM_ROWS": str(rows), "PYTHONPATH": os.pathsep.join(paths)}
+        start = time.monotonic()
+        with output.open("wb") as file:  # no pipe, which what a killed stage leaves behind would hold open
+            process = subprocess.Popen(
+                stage.command,
+                cwd=ROOT,
+                env=os.environ | env,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+            try:
+                status: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                end_session(process)
+        said = output.read_text(errors="replace").splitlines()
+        found: dict[str, Any] = {"passed": status == 0, "seconds": round(time.monotonic() - start, 1)}
+        found |= {
+            "rows": [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+        }
+    if any("pytest" in word for word in stage.command):
+        # where several processes share the tests, a name stands behind its result
+        found["passing"] = sum(" PASSED" in line for line in said)
+        wrong = (
+            TEST_NAME.search(line)
+            for line in said
+            if "FAILED " in line or "ERROR " in line or " FAILED" in line
+        )
+        found["failing"] = sorted({name[0] for name in wrong if name})
+    if status is None:
+        found["said"] = f"not done after {seconds:.0f} s"
+    elif status and stage.command[0] == sys.executable and len(said) > 0:
+        found["said"] = said[-1]
+    if status != 0:
+        found["tail"] = said[-60:]
     return found
 
 
-def timer(device: CupyDevice) -> Callable[[list[Callable[[], None]]], float]:
-    """Seconds of a call, of many made one after another, by the device's clock."""
-    import cupy
-
-    def measure(calls: list[Callable[[], None]]) -> float:
-        for call in calls[:3]:
-            call()
-        rounds = max(1, 64 // len(calls))
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        graph = device.record([call for _ in range(rounds) for call in calls])  # no launch cost from here
-        graph()
-        start.record()
-        graph()
-        end.record()
-        end.synchronize()
-        return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3 / (rounds * len(calls))
-
-    return measure
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """End a stage and whatever it started: first asked, so that workers go too, then not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            break
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
 
 
-def copy_rate(device: CupyDevice) -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB."""
-    import cupy
-
-    a, b = (device.empty((1 << 30,), "uint8") for _ in range(2))
-    cupy.copyto(b, a)
-    start, end = cupy.cuda.Event(), cupy.cuda.Event()
-    start.record()
-    for _ in range(10):
-        cupy.copyto(b, a)
-    end.record()
-    end.synchronize()
-    return 10 * 2 * a.nbytes / (float(cupy.cuda.get_elapsed_time(start, end)) / 1e3)
-
-
-def product_speed(
-    device: Any, time_of: gpu_kernels.Timer, rate: float, n: int, enough: int, tokens: tuple[int, ...]
-) -> list[gpu_kernels.Measured]:
-    """Products with n outputs of as many inputs, in every format."""
-    k, results = max(n, 128), []
-    for format in ("int4", "int8", "float"):
-        for m in tokens:
-            calls, nbytes = gpu_kernels.linear_calls(device, n, k, m, format, "bfloat16", enough)
-            what = f"{format} product {n}x{k}, {m} tokens"
-            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate, 2.0 * m * n * k))
-    return results
+def check(made: Sequence[Stage], limit: float, folder: Path) -> tuple[dict[str, Any], Path]:
+    """Run the stages within `limit` seconds together; the results, and the file that has them after every stage."""
+    end, results = time.monotonic() + limit, {"device": "no GPU"}  # type: tuple[float, dict[str, Any]]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "no_gpu.json"
+    for stage in made:
+        left = end - time.monotonic()
+        if left < SHORTEST:
+            results[stage.name] = {"passed": False, "said": "no time was left", "rows": []}
+        else:
+            print(f"{stage.name}: up to {min(stage.seconds, left):.0f} s", flush=True)
+            results[stage.name] = run_stage(stage, min(stage.seconds, left))
+        found = results[stage.name]
+        for row in found["rows"] if stage.name == "facts" else ():
+            results |= row
+            path = folder / f"{results['device'].lower().replace(' ', '_')}.json"
+        show(stage.name, found)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+    return results, path
 
 
-def kernel_speed(
-    device: Any, time_of: gpu_kernels.Timer, rate: float, small: bool = False
-) -> list[dict[str, Any]]:
-    """Every kernel of kernels.md's table that is there. small: sizes for a machine without a GPU."""
-    n, context, vocab, enough = (64, 48, 1000, 1) if small else (8192, 4096, 152064, 256 << 20)
-    results = product_speed(device, time_of, rate, n, enough, (1, 2) if small else TOKENS)
-    for tokens, before in ((4, 32),) if small else ((4096, 0), (512, 3584)):
-        for kv in ("bfloat16", "int8"):
-            heads = (4, 2, 64) if small else (32, 8, 128)
-            calls, nbytes, flops = gpu_kernels.prefill_calls(device, tokens, before, heads, kv, "bfloat16")
-            what = f"attention, {tokens} tokens of a prompt behind {before}, {kv} cache"
-            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate, flops))
-    for kv in ("bfloat16", "int8"):
-        batch, heads = (2, (4, 2, 64)) if small else (32, (32, 8, 128))
-        calls, nbytes = gpu_kernels.attention_calls(device, batch, context, heads, kv, "bfloat16", enough)
-        what = f"attention, {batch} x {context} tokens, {kv} cache"
-        results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
-    dummy = gpu_dummy.DummyBackend(device)
-    experts = (dummy, (8, 64, 32)) if small else (dummy, (64, 2048, 1408))
-    for tokens in (1, 2) if small else (1, 8, 64):
-        for what, (calls, nbytes) in gpu_dummy.expert_calls(*experts, tokens, 3 if small else 6).items():
-            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
-    for batch in (1, 2) if small else (1, 32):
-        heads = (2, 16, 8) if small else (16, 512, 64)
-        calls, nbytes = gpu_dummy.latent_calls(dummy, batch, context, heads)
-        what = f"latent attention, {batch} x {context} tokens"
-        results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
-    for tokens in (1, 4) if small else (1, 4096):
-        for what, (calls, nbytes) in gpu_kernels.small_calls(device, tokens, n, "bfloat16").items():
-            results.append(gpu_kernels.measure(what, calls, nbytes, time_of, rate))
-    for rows in (1,) if small else (1, 16):
-        for what, options in SAMPLING.items():
-            calls, nbytes = gpu_kernels.sampling_calls(device, rows, vocab, *options)
-            results.append(
-                gpu_kernels.measure(f"sampling {rows}x{vocab}, {what}", calls, nbytes, time_of, rate)
-            )
-    return gpu_kernels.as_rows(results)
-
-
-def decode_speed(device: CupyDevice, rate: float) -> list[dict[str, Any]]:
-    """Whole decode steps, in graphs, of 1,024 tokens of context."""
-    import cupy
-
-    rows = []
-    for shape, format, M in (
-        (gpu_decode.LLAMA_8B, "int4", 1), (gpu_decode.LLAMA_8B, "float", 1), (gpu_decode.LLAMA_8B, "int4", 8),
-        (gpu_decode.QWEN_72B, "int4", 1),
-    ):  # fmt: skip
-        step = gpu_decode.DecodeStep(CudaBackend(device), shape, format, M, 1024)
-        seconds = replay_time(step.record())
-        rows.append(gpu_decode.results_of(step, seconds, rate) | {"format": format})
-        del step
-        cupy.get_default_memory_pool().free_all_blocks()
-    for model, M in (
-        (gpu_dummy.DEEPSEEK_V2_LITE, 1), (gpu_dummy.DEEPSEEK_V2_LITE, 16), (gpu_dummy.QWEN3_30B, 1),
-    ):  # fmt: skip
-        dummy = gpu_dummy.DummyStep.build(gpu_dummy.DummyBackend(device), model, M, 1024)
-        seconds = replay_time(dummy.record())
-        rows.append(gpu_dummy.results_of(dummy, seconds, rate) | {"format": "int4"})
-        del dummy
-        cupy.get_default_memory_pool().free_all_blocks()
-    return rows
-
-
-def replay_time(graph: Any) -> float:
-    """Seconds of a recorded step, which ends with the sampled ids on the host."""
-    for _ in range(3):
-        graph.replay()
-    start = time.perf_counter()
-    for _ in range(20):
-        graph.replay()
-    return (time.perf_counter() - start) / 20
+def show(name: str, found: dict[str, Any]) -> None:
+    """A stage's rows as lines, and why it failed where it did."""
+    for row in found["rows"]:
+        print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v).ljust(44) for v in row.values()))
+    if not found["passed"]:
+        print("\n".join([*found.get("tail", []), *found.get("failing", [])]))
+    count = f", {found['passing']} tests passed" if "passing" in found else ""
+    print(f"{name}: {'done' if found['passed'] else 'FAILED ' + found.get('said', '')}", end="")
+    print(f" in {found.get('seconds', 0):.0f} s{count}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="tests,sanitizer,speed")
-    wanted = parser.parse_args().only.split(",")
-    device = CupyDevice()
-    results: dict[str, Any] = {"device": device.name, "compute_capability": device.arch / 10}
-    if "tests" in wanted:
-        results["tests"] = run_pytest(TESTS, timeout=240)
-    if "sanitizer" in wanted:
-        results["sanitizer"] = sanitized()
-    if "speed" in wanted:
-        time_of = timer(device)
-        rate = copy_rate(device)
-        results["copy_gigabytes_per_second"] = rate / 1e9
-        results["kernels"] = kernel_speed(device, time_of, rate)
-        results["peers"] = gpu_peers.peer_speed(8192, TOKENS, rate)
-        results["decode"] = decode_speed(device, rate)
-    path = ROOT / "benchmarks" / "results" / f"{device.name.lower().replace(' ', '_')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    for row in [*results.get("kernels", []), *results.get("peers", []), *results.get("decode", [])]:
-        print("  ".join(f"{v:.4g}" if isinstance(v, float) else str(v).ljust(44) for v in row.values()))
-    print({key: results.get(key) for key in ("tests", "sanitizer")}, f"-> {path}")
-    if not results.get("tests", {"passed": True})["passed"]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="names of stages, with commas; all where it is not given")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="for all stages together")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results"
+    )
+    options = parser.parse_args()
+    wanted = {"facts", *filter(None, options.only.split(","))}
+    chosen = [stage for stage in stages() if not options.only or stage.name in wanted]
+    results, path = check(chosen, options.seconds, options.out)
+    failed = [stage.name for stage in chosen if not results[stage.name]["passed"]]
+    print(f"-> {path}", f"failed: {', '.join(failed)}" if failed else "all passed")
+    if any(stage.required and stage.name in failed for stage in chosen):
         raise SystemExit(1)
 
 

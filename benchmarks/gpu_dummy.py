@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from gpu_kernels import filled
 
 from flm.kernels.backend import SamplingBatch
 from flm.kernels.cuda.backend import CudaBackend
@@ -121,23 +122,15 @@ class DummyBackend(CudaBackend):
             some = (some & np.uint32(0x83FF83FF)) | np.uint32(
                 0x3C003C00 if kind == "bfloat16" else 0x20002000
             )
-        codes, scales, group = self._filled(tiles, np.uint32, some), None, 0
+        codes, scales, group = filled(self.device, tiles, np.uint32, some), None, 0
         if format != "float":
             group = next(g for g in GROUPS if k % g == 0)
             scale = np.full(1, k**-0.5 / 8, np.float16)
             groups = tiles[2] * 16 * STEPS[format] // group
-            scales = self._filled((*tiles[:2], groups, 16, 2), np.float16, scale.repeat(PIECE))
+            scales = filled(self.device, (*tiles[:2], groups, 16, 2), np.float16, scale.repeat(PIECE))
         made = CudaMatrix(shape, format, kind, codes, scales, group // 16, k, None)
         one = replace(made, codes=codes[0], scales=None if scales is None else scales[0])
         return one, made
-
-    def _filled(self, shape: tuple[int, ...], dtype: Any, some: Array) -> Array:
-        """An array of the device that repeats `some`."""
-        out, piece = self.device.empty(shape, dtype), self.device.asarray(some)
-        flat = out.reshape(-1)
-        for start in range(0, len(flat), PIECE):
-            flat[start : start + PIECE] = piece[: len(flat) - start]
-        return out
 
 
 @dataclass(frozen=True, eq=False)

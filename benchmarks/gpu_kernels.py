@@ -45,14 +45,22 @@ def random_matrix(
         some = (some & np.uint32(0x83FF83FF)) | np.uint32(
             0x3C003C00 if activation == "bfloat16" else 0x20002000
         )
-    codes = device.asarray(np.resize(some, tiles))
-    scales = None
+    codes, scales = filled(device, tiles, np.uint32, some), None
     if format != "float":
-        values = np.full((tiles[0], k // group, 16, 2), k**-0.5 / 8, np.float16)
-        scales = device.asarray(values if format == "int4" else values[..., 0].copy())
+        shape = (tiles[0], tiles[1] * 16 * STEPS[format] // group, 16, *((2,) if format == "int4" else ()))
+        scales = filled(device, shape, np.float16, np.full(1 << 16, k**-0.5 / 8, np.float16))
     return CudaMatrix(
         (n, k), format, activation, codes, scales, 0 if scales is None else group // 16, k, None
     )
+
+
+def filled(device: Device, shape: tuple[int, ...], dtype: Any, some: Array) -> Array:
+    """An array of the device that repeats `some`."""
+    out, piece = device.empty(shape, dtype), device.asarray(some)
+    flat, size = out.reshape(-1), len(some)
+    for start in range(0, len(flat), size):
+        flat[start : start + size] = piece[: len(flat) - start]
+    return out
 
 
 def copies_of(make: Callable[[], Any], nbytes: int, enough: int = 256 << 20) -> list[Any]:
@@ -60,16 +68,18 @@ def copies_of(make: Callable[[], Any], nbytes: int, enough: int = 256 << 20) -> 
     return [make() for _ in range(max(2, min(64, -(-enough // max(nbytes, 1)))))]
 
 
-def linear_calls(
-    device: Device, n: int, k: int, m: int, format: str, activation: str, enough: int
-) -> tuple[list[Call], int]:
-    """Products of m rows with a weight, and the bytes of each."""
+def weights_of(device: Device, n: int, k: int, format: str, activation: str, enough: int) -> list[CudaMatrix]:
+    """Copies of a random weight."""
     size = n * k // {"int4": 2, "int8": 1, "fp8": 1, "float": 1}[format] * (2 if format == "float" else 1)
-    weights = copies_of(lambda: random_matrix(device, n, k, format, activation), size, enough)
-    x, out = zeros(device, (m, k), activation), device.empty((m, n), activation)
-    return [lambda w=w: linear.linear(device, x, w, out) for w in weights], weights[0].nbytes + 2 * m * (
-        n + k
-    )  # type: ignore[misc]
+    return copies_of(lambda: random_matrix(device, n, k, format, activation), size, enough)
+
+
+def linear_calls(device: Device, weights: list[CudaMatrix], m: int) -> tuple[list[Call], int]:
+    """Products of m rows with each of some weights alike, and the bytes of one."""
+    (n, k), kind = weights[0].shape, weights[0].dtype
+    x, out = zeros(device, (m, k), kind), device.empty((m, n), kind)
+    calls = [lambda w=w: linear.linear(device, x, w, out) for w in weights]  # type: ignore[misc]
+    return calls, weights[0].nbytes + 2 * m * (n + k)
 
 
 def zeros(device: Device, shape: tuple[int, ...], dtype: Any) -> Array:

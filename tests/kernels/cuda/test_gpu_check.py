@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import time
 from dataclasses import replace
 
 import gpu_check
 import gpu_decode
 import gpu_dummy
+import gpu_kernels
 import gpu_peers
+import gpu_products
+import gpu_prompts
+import gpu_speed
 import numpy as np
 import pytest
 from emulator import EmulatedDevice
+from fake_cublas_lt import FakeCublasLt
 from kernel_checks import on_gpu
 
+from flm.kernels.cuda import library_products
 from flm.kernels.cuda.backend import CudaBackend
+from flm.kernels.cuda.cublas_lt import CublasLt
+from flm.kernels.errors import DeviceFailed
 from flm.kernels.expert_ops import Routing
 from flm.worker.config import AttentionConfig, FeedForwardConfig
 from flm.worker.config_parts import ExpertsConfig, LatentConfig, RopeConfig
@@ -33,16 +44,21 @@ class Listed(EmulatedDevice):
         self.kernels = {**getattr(self, "kernels", {}), kernel: None}
 
 
+def once(calls):
+    for call in calls[:2]:
+        call()
+    return 1e-3
+
+
 def test_every_kernel_is_measured(device):
-    def once(calls):
-        for call in calls[:2]:
-            call()
-        return 1e-3
+    def measured(on):
+        products = gpu_products.product_speed(on, once, 1e9, 64, 1, (1, 2))
+        return gpu_kernels.as_rows([*products, *gpu_speed.kernel_speed(on, once, 1e9, small=True)])
 
     listed = Listed([])
-    gpu_check.kernel_speed(listed, once, 1e9, small=True)
+    measured(listed)
     device.prepare(listed.kernels)
-    rows = gpu_check.kernel_speed(device, once, 1e9, small=True)
+    rows = measured(device)
     assert len(rows) == 3 * 2 + 2 + 2 + 2 * 2 + 2 + 2 * 2 + 4
     assert all(
         (row["teraflops"] > 0) == ("product" in row["what"] or "of a prompt" in row["what"]) for row in rows
@@ -50,6 +66,75 @@ def test_every_kernel_is_measured(device):
     int4 = rows[0]
     assert int4["what"] == "int4 product 64x128, 1 tokens" and int4["microseconds"] == 1e3
     assert int4["gigabytes_per_second"] == pytest.approx((64 * 128 // 2 + 64 * 4 + 2 * (64 + 128)) / 1e6)
+
+
+def test_products_side_by_side_and_prompts(device):
+    fake = FakeCublasLt()
+    library = library_products.LibraryProducts(CublasLt(fake, library_products.WORKSPACE), device)
+    parts = gpu_products.side_by_side(device, library, once, ((64, 128),), (17, 70), 1)
+    rows = [row for part in parts for row in part()]
+    assert [row["what"] for row in rows][::3] == [
+        "float product 64x128, 17 tokens: exact, cublas",
+        "int4 product 64x128, 70 tokens: exact, cublas",
+    ]
+    assert all(row["cublas_faster"] == 1 and 0 <= row["apart"] < 0.03 for row in rows)
+    assert len(fake.streams) == 4 * 3  # once to compare, twice by the timer
+    assert library_products.FEW == 256
+
+    few = replace(gpu_prompts.LLAMA_8B, hidden=64, layers=1, vocab=96, feed_forward=FeedForwardConfig(64))
+    few = replace(few, attention=AttentionConfig(2, 1, 32, RopeConfig(1e4, 32)))
+    rows = [row for part in gpu_prompts.prompt_speed(device, library, few, (16, 32)) for row in part()]
+    assert len(rows) == 8 and rows[0]["what"] == "Llama-3-8B prompt, 16 tokens, int4 weights, matmul exact"
+    weights = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 64
+    assert rows[0]["teraflops"] == pytest.approx(2 * weights * 16e-9 / rows[0]["milliseconds"])
+
+
+ROW = """
+import os, sys
+open(os.environ["FLM_ROWS"], "a").write('{"what": "first", "device": "A GPU"}\\n')
+"""
+
+
+def test_a_stage_that_fails_or_hangs_leaves_the_others_and_its_rows(tmp_path):
+    hang = ROW + "import subprocess, time\nsubprocess.Popen(['sleep', '60'])\ntime.sleep(60)"
+    made = [
+        gpu_check.Stage("facts", [sys.executable, "-c", ROW], 20),
+        gpu_check.Stage("broken", [sys.executable, "-c", ROW + "sys.exit('what went wrong')"], 20),
+        gpu_check.Stage("hanging", [sys.executable, "-c", hang], 1),
+        gpu_check.Stage("last", [sys.executable, "-c", ROW], 20),
+    ]
+    start = time.monotonic()
+    results, path = gpu_check.check(made, 100, tmp_path)
+    assert time.monotonic() - start < 15
+    assert path == tmp_path / "a_gpu.json" and json.loads(path.read_text()) == results
+    assert [results[s.name]["passed"] for s in made] == [True, False, False, True]
+    assert all(results[s.name]["rows"][0]["what"] == "first" for s in made)
+    assert (
+        results["broken"]["said"] == "what went wrong" and results["hanging"]["said"] == "not done after 1 s"
+    )
+    results, _ = gpu_check.check(made[:1], 5, tmp_path)
+    assert results["facts"]["said"] == "no time was left"
+
+
+def test_stages_are_the_speeds_there_are():
+    names = [stage.name for stage in gpu_check.stages()]
+    assert names[:2] == ["facts", "tests"] and "library" in names
+    assert {*names} - {"tests", "memcheck", "racecheck"} == set(gpu_speed.STAGES)
+
+
+def test_parts_that_fail_leave_the_others(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLM_ROWS", str(tmp_path / "rows"))
+
+    def parts(error):
+        yield lambda: [{"a": 1}]
+        yield lambda: (_ for _ in ()).throw(error)
+        yield lambda: [{"b": 2}]
+
+    assert not gpu_speed.keep(parts(ValueError("odd")))
+    assert not gpu_speed.keep(parts(DeviceFailed("0", "gone")))
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [list(row) for row in rows] == [["a"], ["what", "error"], ["b"], ["a"], ["what", "error"]]
+    assert rows[1]["error"] == "ValueError: odd"
 
 
 def test_no_peers_without_pytorch(monkeypatch):

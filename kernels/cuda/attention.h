@@ -76,7 +76,7 @@ __device__ __forceinline__ float normed(float total, float sum) {
   return sum == 0.f ? 0.f : __fmul_rn(total, __frcp_rn(sum));
 }
 // A weight times the scale of an int8 value, which may be anything where the key is not seen.
-__device__ __forceinline__ float weighed(float weight, float scale) { return weight > 0.f ? __fmul_rn(weight, scale) : 0.f; }
+__device__ __forceinline__ float weighed(float weight, float scale) { return weight == 0.f ? weight : __fmul_rn(weight, scale); }
 // A score in units of log2(e). away: the key's position less the query's.
 __device__ __forceinline__ float score(float dot, float scale, float slope, int away) {
   return away <= 0 ? __fmaf_rn(slope, (float)away, __fmul_rn(dot, scale)) : kNone;

@@ -20,6 +20,7 @@ from flm.worker.conversion.calibration import calibrated
 from flm.worker.conversion.prepare import write_weights
 from flm.worker.conversion.shards import write_shards
 from flm.worker.errors import ConfigError
+from flm.worker.packing.config import SEPARATE_FILES
 from flm.worker.tensors.precision import parse_quantization
 
 WEIGHT_ENDINGS = (
@@ -35,7 +36,6 @@ WEIGHT_ENDINGS = (
     ".npz",
     ".index.json",
 )
-SEPARATE_QUANTIZATION = ("quantize_config.json", "quant_config.json")
 PACKING_FIELDS = ("quantization_config", "compression_config", "quantization_bit", "wbits", "groupsize")
 LARGEST_COPIED = (
     64 << 20
@@ -107,7 +107,7 @@ def _calibrated(source: Path, pickled: bool, quantization: str, tensor_parallel:
 def _copy_beside(source: Path, target: Path) -> None:
     """Tokenizer, templates and licences: every small file that is neither weights nor code."""
     for path in sorted(source.iterdir()):
-        unwanted = path.name.endswith((*WEIGHT_ENDINGS, ".py")) or path.name in SEPARATE_QUANTIZATION
+        unwanted = path.name.endswith((*WEIGHT_ENDINGS, ".py")) or path.name in SEPARATE_FILES
         if path.is_file() and not unwanted and path.stat().st_size <= LARGEST_COPIED:
             shutil.copyfile(path, target / path.name)
 

@@ -17,12 +17,11 @@ from flm.worker.checkpoints.checkpoint import Checkpoint
 from flm.worker.config import Span
 from flm.worker.files.safetensors_file import INDEX_NAME
 from flm.worker.files.safetensors_writer import SafetensorsWriter
-from flm.worker.packing.prepared import METHOD, parts_of
+from flm.worker.packing.prepared import METHOD, PART_ENDINGS, parts_of
 from flm.worker.tensors.precision import Precision, convert, parse_quantization, row_pieces
 from flm.worker.tensors.tensor_source import stack_rows
 
 FILE_BYTES = 4 << 30  # of the source's tensors in one file
-PART_ENDINGS = ("", "_scale", "_offset", "_gather")
 Progress = Callable[[float], None]
 
 

@@ -24,10 +24,9 @@ from flm.worker.communication.comm import LocalCommunicator
 from flm.worker.config import ShardSpec, Span
 from flm.worker.execution.model import Decoder
 from flm.worker.files.safetensors_writer import SafetensorsWriter
-from flm.worker.packing.prepared import parts_of
+from flm.worker.packing.prepared import PART_ENDINGS, parts_of
 from flm.worker.tensors.precision import parse_quantization
 
-PART_ENDINGS = ("", "_scale", "_offset", "_gather")
 Progress = Callable[[float], None]
 Vector = NDArray[np.float32]
 

@@ -18,6 +18,7 @@ from flm.worker.packing.module import Module
 from flm.worker.tensors.tensor_source import Storage
 
 METHOD = "flm"
+PART_ENDINGS = ("", "_scale", "_offset", "_gather")  # of a weight's tensors, after its name
 FORMATS = {"U8": "int4", "I8": "int8", "F8_E4M3": "fp8"}
 DTYPES = {
     "int4": "U8",
@@ -35,7 +36,7 @@ class Prepared:
     """columns: K of the weights whose rows are padded or gathered, by name."""
 
     columns: dict[str, int] = field(default_factory=dict)
-    parts: tuple[str, ...] = ("weight", "weight_scale", "weight_offset", "weight_gather")
+    parts: tuple[str, ...] = tuple("weight" + ending for ending in PART_ENDINGS)
 
     def packs(self, module: Module) -> bool:
         return module.has("weight_scale")

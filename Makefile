@@ -50,8 +50,9 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 # `python -m pytest` runs all of it in one process. Clusters of tests are alone on the machine: they have time limits.
+# A process of tests that dies is not replaced: pytest-xdist 3.8 would hand its finished files out again, and hang.
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m 'not e2e' -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m 'not e2e' -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 	$(BIN)/python -m pytest -q -m e2e
 
 # The wheel's packages are imported from the wheel; only its dependencies come from the environment above.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterator
 
@@ -156,6 +157,7 @@ async def serve_admin(controller: Controller, restarts: int, first_start: float)
     reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await server.start()
     try:
-        await server.wait_for_termination()
+        # Without a time, cancelling this would cancel what stop() waits for.
+        await server.wait_for_termination(math.inf)
     finally:
         await server.stop(1.0)

@@ -50,6 +50,11 @@ class Bench:
         for group in self.controller.groups.values():
             await group.unwatch()
 
+    async def close(self) -> None:
+        """End the controller and all ranks."""
+        await self.kill()
+        await self.host.close()
+
     async def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> float:
         began = time.monotonic()
         while not condition():

@@ -63,6 +63,11 @@ class FakeLink:
             self.served.close()
             self._life.cancel()
 
+    async def gone(self) -> None:
+        """Wait for what `die` cannot end at once, as SIGKILL does: threads and the port."""
+        if self.process._end is not None:
+            await asyncio.wait({self.process._end})
+
     async def ended(self) -> RankEnd:
         life = asyncio.shield(self._life)
         await asyncio.wait({life, self._dead}, return_when=asyncio.FIRST_COMPLETED)
@@ -110,6 +115,12 @@ class FakeHost:
 
     def living(self) -> list[FakeLink]:
         return [link for link in self.links if link.alive]
+
+    async def close(self) -> None:
+        """End all ranks, and wait for those too that died before."""
+        for link in self.links:
+            link.die()
+        await asyncio.gather(*(link.gone() for link in self.links))
 
     def leader(self, replica_id: str) -> FakeLink:
         return next(k for k in self.living() if k.spec.replica_id == replica_id and k.rank == 0)

@@ -57,8 +57,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     await asyncio.gather(*tasks, return_exceptions=True)
     for group in controller.groups.values():
         await group.unwatch()
-    for link in host.living():
-        link.die()
+    await host.close()
 
 
 async def test_status_shows_models_replicas_and_ranks(served: Served) -> None:

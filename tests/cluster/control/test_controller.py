@@ -26,9 +26,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(tmp_path)
     made.start()
     yield made
-    await made.kill()
-    for link in made.host.living():
-        link.die()
+    await made.close()
 
 
 async def test_replicas_come_up_and_the_gateway_learns_of_them(bench: Bench) -> None:
@@ -112,7 +110,7 @@ async def test_what_may_pass_is_retried_slowly_and_shown(
     assert bench.controller.groups["m-0"].message.endswith("another rank is gone")
     assert len(bench.host.links) == 8, "two starts of two groups: at once, then after the delay"
     assert bench.gateway.routes["m"] == {}
-    await bench.kill()
+    await bench.close()
 
 
 async def test_a_slow_disk_holds_up_only_what_must_not_be_forgotten(

@@ -44,7 +44,7 @@ async def test_a_replica_that_fails_over_and_over_is_given_up_until_an_operator_
     await bench.until(lambda: bench.routed("m-0"))
     assert bench.controller.groups["m-0"].restarts == GIVE_UP
     assert bench.phases()["m-1"] == "failed"
-    await bench.kill()
+    await bench.close()
 
 
 async def test_what_trying_again_cannot_cure_is_given_up_after_one_more_try(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ async def test_what_trying_again_cannot_cure_is_given_up_after_one_more_try(tmp_
     await bench.controller.scale("m", 2)  # an operator has put it right, and has both tried again
     await bench.until(lambda: bench.routed("m-0", "m-1"))
     assert len(bench.host.links) == 2 * 2 * 3
-    await bench.kill()
+    await bench.close()
 
 
 async def test_a_node_that_cannot_serve_a_model_does_not_keep_it_from_others(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ async def test_a_node_that_cannot_serve_a_model_does_not_keep_it_from_others(tmp
     await bench.until(lambda: bench.routed("m-1"))
     await bench.until(lambda: bench.routed("m-0", "m-1"))
     assert bench.controller.groups["m-0"].node_id == "n1", "what failed for good on a node is remembered"
-    await bench.kill()
+    await bench.close()
 
 
 async def test_a_new_controller_remembers_what_befell_a_replica(tmp_path: Path) -> None:
@@ -110,4 +110,4 @@ async def test_a_new_controller_remembers_what_befell_a_replica(tmp_path: Path) 
     (left,) = bench.controller.groups
     # what was stopped is forgotten, on disk a moment later
     await bench.until(lambda: on_disk(bench).keys() <= {left})
-    await bench.kill()
+    await bench.close()

@@ -45,10 +45,10 @@ def gateway_client(target: Target) -> Client:
 
 
 def say_if_none_is_ready(client: Client, model: str) -> None:
-    """On standard error, that a request will have to wait. Raises what the gateway has against the model."""
+    """On standard error, why a request may have to wait. Raises what the gateway has against the model."""
     info = client.model_info(model)
     if info.wanted_replicas and not info.ready_replicas:
-        print(f"waiting: 0 of {info.wanted_replicas} replicas of {info.name} are ready", file=sys.stderr)
+        print(f"0 of {info.wanted_replicas} replicas of {info.name} are ready", file=sys.stderr)
 
 
 def text_argument(text: str) -> str:

@@ -50,7 +50,7 @@ class Gateway:
         load: Callable[[Path], Tokenizer] = load_tokenizer,
     ) -> None:
         """`listen` is host:port (port 0 takes a free one). `replica_wait`: seconds that a request without a
-        deadline waits for a ready replica. `replica_key`: what replicas ask for; they refuse a gateway without it.
+        deadline waits for a ready replica, 0: none waits. `replica_key`: what replicas ask for; they refuse a gateway without it.
         `load` reads the tokenizer that lies with a model."""
         names = [model.name for model in models]
         if len(set(names)) < len(names):

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 class Inference(flm_pb2_grpc.InferenceServicer):
     """The servicer over `models` (name → model). `replica_wait`: seconds that a request without a deadline waits
-    for a ready replica."""
+    for a ready replica, 0: none waits."""
 
     def __init__(self, models: Mapping[str, LoadedModel], replica_wait: float) -> None:
         self._models = models

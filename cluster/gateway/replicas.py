@@ -106,8 +106,9 @@ class Replicas:
             await asyncio.wait_for(waiter, max(seconds, 0))
         except TimeoutError:
             states = [f"{v.replica_id} {v.state}" for v in self.router.replicas.values()]
+            became = "became ready in time" if seconds > 0 else "is ready"
             raise Unavailable(
-                f"no replica of model {self.model!r} became ready in time ({', '.join(states) or 'there are none'})",
+                f"no replica of model {self.model!r} {became} ({', '.join(states) or 'there are none'})",
                 RETRY_AFTER,
             ) from None
         finally:

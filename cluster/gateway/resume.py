@@ -27,7 +27,7 @@ _CALL_MARGIN = 0.05  # seconds kept back of a deadline, so that a clear status s
 
 class TokenStream:
     """Tokens of stream `index` of a request. `deadline` is loop time, None where the client set none;
-    `replica_wait`: seconds to wait for a ready replica then."""
+    `replica_wait`: seconds to wait for a ready replica then; 0: not at all, whatever the deadline."""
 
     def __init__(
         self,
@@ -168,6 +168,6 @@ class TokenStream:
     def _wait_until(self) -> float:
         """Until when to wait for a replica, loop time."""
         now = asyncio.get_running_loop().time()
-        if self._deadline is None:
+        if self._deadline is None or not self._replica_wait:
             return now + self._replica_wait
         return self._deadline - min(_CALL_MARGIN, (self._deadline - now) / 10)

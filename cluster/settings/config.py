@@ -86,7 +86,7 @@ class TlsSection(Section):
 
 class GatewaySection(Section):
     """The public port. One that other machines can reach needs api_keys or tls, or insecure: true. `replica_wait`: for
-    how long a request without a deadline waits for a replica of its model to be ready."""
+    how long a request without a deadline waits for a replica of its model to be ready; with 0 none does."""
 
     listen: Listen = "127.0.0.1:50051"
     api_keys: list[Annotated[str, Field(min_length=8)]] = []

@@ -78,7 +78,7 @@ async def test_waiting_for_a_replica_is_said(start_cluster: StartCluster) -> Non
     process = await start("generate", PROMPT, "--max-tokens", "3", "--address", cluster.address)
     assert process.stderr is not None
     said = await asyncio.wait_for(process.stderr.readline(), 90)
-    assert said == b"waiting: 0 of 2 replicas of m are ready\n"
+    assert said == b"0 of 2 replicas of m are ready\n"
     await cluster.add()
     out, _ = await asyncio.wait_for(process.communicate(), 90)
     assert (process.returncode, len(out) > 1) == (0, True)

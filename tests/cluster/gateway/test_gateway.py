@@ -85,6 +85,21 @@ async def test_waits_for_a_replica(start_cluster: Start, monkeypatch: pytest.Mon
         assert len(await waiting) > 0
 
 
+async def test_with_a_replica_wait_of_nothing_nobody_waits(start_cluster: Start) -> None:
+    cluster = await start_cluster(1, replica_wait=0)
+    async with AsyncClient(cluster.address) as client:
+        assert await _all(client.generate("x", Sampling(max_tokens=2)))
+        cluster.seats[0].state = "loading"
+        cluster.push()
+        for deadline in (None, 3600):
+            with pytest.raises(
+                Unavailable, match=r"no replica of model 'm' is ready \(m-0 loading\)"
+            ) as caught:
+                await asyncio.wait_for(_all(client.generate("x", timeout=deadline)), 60)
+            assert caught.value.retry_after == 1.0
+    await cluster.settled()
+
+
 async def test_a_model_scaled_to_nothing_is_refused_at_once(start_cluster: Start) -> None:
     cluster = await start_cluster(0)
     async with AsyncClient(cluster.address) as client:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2
 
-from flm.cluster.client.calls import Calls
-from flm.cluster.client.request import (
-    Target,
-    detokenize_request,
-    health_request,
-    model_info_request,
-    tokenize_request,
-)
+from flm.cluster.client.calls import Asked, Calls
+from flm.cluster.client.request import Target
 from flm.cluster.wire.grpc_errors import from_rpc_error
 from flm.proto import flm_pb2
 from flm.worker.errors import NotFound
+
+T = TypeVar("T")
 
 
 class AsyncStream(AsyncIterator[flm_pb2.GenerateFrame]):
@@ -66,8 +61,7 @@ class AsyncClient(Calls[AsyncStream]):
     async def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None
     ) -> list[int]:
-        request = tokenize_request(text, model, add_special_tokens)
-        return list((await self._call(self._stub.Tokenize, request, timeout)).ids)
+        return await self._answer(self._tokenize(text, model, add_special_tokens), timeout)
 
     async def detokenize(
         self,
@@ -77,25 +71,21 @@ class AsyncClient(Calls[AsyncStream]):
         skip_special_tokens: bool = True,
         timeout: float | None = None,
     ) -> str:
-        request = detokenize_request(ids, model, skip_special_tokens)
-        return str((await self._call(self._stub.Detokenize, request, timeout)).text)
+        return await self._answer(self._detokenize(ids, model, skip_special_tokens), timeout)
 
     async def models(self, *, timeout: float | None = None) -> list[flm_pb2.ModelInfo]:
         """All models that the gateway serves, ready or not."""
-        return list((await self._call(self._stub.ListModels, flm_pb2.ListModelsRequest(), timeout)).models)
+        return await self._answer(self._models(), timeout)
 
     async def model_info(self, model: str = "", *, timeout: float | None = None) -> flm_pb2.ModelInfo:
-        request = model_info_request(model)
-        info: flm_pb2.ModelInfo = await self._call(self._stub.GetModelInfo, request, timeout)
-        return info
+        return await self._answer(self._model_info(model), timeout)
 
     async def ready(self, model: str = "", *, timeout: float | None = 5.0) -> bool:
         """Whether a replica of the model is ready; without a model, whether the gateway lives at all."""
         try:
-            answer = await self._call(self._health.Check, health_request(model), timeout)
+            return await self._answer(self._ready(model), timeout)
         except NotFound:
             return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Ends all streams that are open."""
@@ -109,8 +99,8 @@ class AsyncClient(Calls[AsyncStream]):
     ) -> None:
         await self.close()
 
-    async def _call(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
+    async def _answer(self, asked: Asked[T], timeout: float | None) -> T:
         try:
-            return await method(request, timeout=timeout, metadata=self._metadata)
+            return asked.read(await asked.method(asked.request, timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2
 
 from flm.cluster.wire.listen import bearer
 from flm.proto import flm_pb2
@@ -18,7 +17,7 @@ Message = Mapping[str, str]  # {"role": "user", "content": "…"}
 
 
 @contextmanager
-def _field(name: str, expected: str = "") -> Iterator[None]:
+def of_field(name: str, expected: str = "") -> Iterator[None]:
     """What a value that does not fit into its message raises becomes InvalidRequest with its field."""
     try:
         yield
@@ -84,7 +83,7 @@ class Sampling:
         for name, value in vars(self).items():
             if value is None:
                 continue
-            with _field(f"sampling.{name}"):
+            with of_field(f"sampling.{name}"):
                 if name == "stop":
                     options.stop.extend(text.encode() for text in self.stop)
                 elif name == "stop_token_ids":
@@ -94,18 +93,18 @@ class Sampling:
         return options
 
 
-def _name(name: str, field: str = "model") -> str:
+def checked_name(name: str, field: str = "model") -> str:
     """A name that every message takes."""
-    with _field(field):
+    with of_field(field):
         return str(flm_pb2.GetModelInfoRequest(model=name).model)
 
 
 def generate_request(
     prompt: str | Sequence[int], sampling: Sampling | None, model: str, adapter: str
 ) -> flm_pb2.GenerateRequest:
-    options, name = (sampling or Sampling()).to_proto(), _name(adapter, "adapter")
-    request = flm_pb2.GenerateRequest(model=_name(model), adapter=name, sampling=options)
-    with _field("prompt"):
+    options, name = (sampling or Sampling()).to_proto(), checked_name(adapter, "adapter")
+    request = flm_pb2.GenerateRequest(model=checked_name(model), adapter=name, sampling=options)
+    with of_field("prompt"):
         if isinstance(prompt, str):
             request.prompt = prompt
         else:
@@ -116,37 +115,13 @@ def generate_request(
 def chat_request(
     messages: str | Sequence[Message], sampling: Sampling | None, model: str, adapter: str
 ) -> flm_pb2.ChatRequest:
-    options, name = (sampling or Sampling()).to_proto(), _name(adapter, "adapter")
-    request = flm_pb2.ChatRequest(model=_name(model), adapter=name, sampling=options)
+    options, name = (sampling or Sampling()).to_proto(), checked_name(adapter, "adapter")
+    request = flm_pb2.ChatRequest(model=checked_name(model), adapter=name, sampling=options)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    with _field("messages", "expected a sequence"):
+    with of_field("messages", "expected a sequence"):
         messages = list(messages)
     for index, message in enumerate(messages):
-        with _field(f"messages[{index}]", "expected role and content as strings"):
+        with of_field(f"messages[{index}]", "expected role and content as strings"):
             request.messages.add(role=message["role"], content=message["content"])
     return request
-
-
-def tokenize_request(text: str, model: str, add_special_tokens: bool) -> flm_pb2.TokenizeRequest:
-    request = flm_pb2.TokenizeRequest(model=_name(model), add_special_tokens=add_special_tokens)
-    with _field("text"):
-        request.text = text
-    return request
-
-
-def detokenize_request(
-    ids: Sequence[int], model: str, skip_special_tokens: bool
-) -> flm_pb2.DetokenizeRequest:
-    request = flm_pb2.DetokenizeRequest(model=_name(model), skip_special_tokens=skip_special_tokens)
-    with _field("ids"):
-        request.ids.extend(ids)
-    return request
-
-
-def model_info_request(model: str) -> flm_pb2.GetModelInfoRequest:
-    return flm_pb2.GetModelInfoRequest(model=_name(model))
-
-
-def health_request(model: str) -> health_pb2.HealthCheckRequest:
-    return health_pb2.HealthCheckRequest(service=_name(model))

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
-from grpc_health.v1 import health_pb2
 
-from flm.cluster.client.calls import Calls
-from flm.cluster.client.request import (
-    Target,
-    detokenize_request,
-    health_request,
-    model_info_request,
-    tokenize_request,
-)
+from flm.cluster.client.calls import Asked, Calls
+from flm.cluster.client.request import Target
 from flm.cluster.wire.grpc_errors import from_rpc_error
 from flm.proto import flm_pb2
 from flm.worker.errors import NotFound
+
+T = TypeVar("T")
 
 
 class Stream(Iterator[flm_pb2.GenerateFrame]):
@@ -61,8 +56,7 @@ class Client(Calls[Stream]):
     def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None
     ) -> list[int]:
-        request = tokenize_request(text, model, add_special_tokens)
-        return list(self._call(self._stub.Tokenize, request, timeout).ids)
+        return self._answer(self._tokenize(text, model, add_special_tokens), timeout)
 
     def detokenize(
         self,
@@ -72,25 +66,21 @@ class Client(Calls[Stream]):
         skip_special_tokens: bool = True,
         timeout: float | None = None,
     ) -> str:
-        request = detokenize_request(ids, model, skip_special_tokens)
-        return str(self._call(self._stub.Detokenize, request, timeout).text)
+        return self._answer(self._detokenize(ids, model, skip_special_tokens), timeout)
 
     def models(self, *, timeout: float | None = None) -> list[flm_pb2.ModelInfo]:
         """All models that the gateway serves, ready or not."""
-        return list(self._call(self._stub.ListModels, flm_pb2.ListModelsRequest(), timeout).models)
+        return self._answer(self._models(), timeout)
 
     def model_info(self, model: str = "", *, timeout: float | None = None) -> flm_pb2.ModelInfo:
-        request = model_info_request(model)
-        info: flm_pb2.ModelInfo = self._call(self._stub.GetModelInfo, request, timeout)
-        return info
+        return self._answer(self._model_info(model), timeout)
 
     def ready(self, model: str = "", *, timeout: float | None = 5.0) -> bool:
         """Whether a replica of the model is ready; without a model, whether the gateway lives at all."""
         try:
-            answer = self._call(self._health.Check, health_request(model), timeout)
+            return self._answer(self._ready(model), timeout)
         except NotFound:
             return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def close(self) -> None:
         """Ends all streams that are open."""
@@ -104,8 +94,8 @@ class Client(Calls[Stream]):
     ) -> None:
         self.close()
 
-    def _call(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
+    def _answer(self, asked: Asked[T], timeout: float | None) -> T:
         try:
-            return method(request, timeout=timeout, metadata=self._metadata)
+            return asked.read(asked.method(asked.request, timeout=timeout, metadata=self._metadata))
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

@@ -16,6 +16,7 @@ from flm.worker.config import ModelConfig, ShardSpec
 from flm.worker.families import registry
 from flm.worker.files.json_fields import read_json
 from flm.worker.files.paths import resolve_model_path
+from flm.worker.files.safetensors_file import why_pickles
 from flm.worker.tensors.precision import parse_quantization
 from flm.worker.tensors.tensor_source import Storage
 
@@ -104,7 +105,7 @@ def read_shapes(path: str) -> Shapes:
         config,
         weights,
         dtype,
-        unservable=f"{found} holds config.json but no weights (*.safetensors)",
+        unservable=f"{found} {why_pickles(found) or 'holds config.json but no weights (*.safetensors)'}",
         place=found,
     )
 

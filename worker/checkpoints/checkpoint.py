@@ -164,9 +164,13 @@ def _check_tensors(
         rows = recipe.last_row(shape[0]) + 1
         rows = max(rows, wanted.get(recipe.tensor, (0,))[0])
         wanted[recipe.tensor] = (rows, *shape[1:])
+    missing = [
+        f"{tensor!r} {list(expected)}" for tensor, expected in wanted.items() if not source.has(tensor)
+    ]
+    if missing:
+        others = f", as are {_named(missing[1:])}" if missing[1:] else ""
+        raise CheckpointError(str(path), f"tensor {missing[0]} is missing{others}")
     for tensor, expected in wanted.items():
-        if not source.has(tensor):
-            raise CheckpointError(str(path), f"tensor {tensor!r} {list(expected)} is missing")
         found = source.shape(tensor)
         if len(expected) == 1:  # RWKV keeps vectors as [1, 1, n]
             found = found[next((i for i, n in enumerate(found[:-1]) if n != 1), len(found) - 1) :]
@@ -180,9 +184,13 @@ def _check_tensors(
 def _check_extras(path: Path, source: TensorSource, used: set[str], ignored: Callable[[str], bool]) -> None:
     extra = sorted(name for name in source.names() if name not in used and not ignored(name))
     if extra:
-        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise CheckpointError(
             str(path),
-            f"tensors that the model does not have: {', '.join(map(repr, extra[:3]))}{more}; "
+            f"tensors that the model does not have: {_named([repr(name) for name in extra])}; "
             "config.json and weights do not belong together",
         )
+
+
+def _named(tensors: list[str]) -> str:
+    """The first of them, and how many more there are."""
+    return ", ".join(tensors[:3]) + (f" and {len(tensors) - 3} more" if len(tensors) > 3 else "")

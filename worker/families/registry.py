@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from flm.worker.config import ModelConfig
-from flm.worker.errors import CheckpointError
 from flm.worker.families import gguf, hub
 from flm.worker.families.baichuan import BAICHUAN
 from flm.worker.families.bloom import BLOOM
@@ -21,7 +20,7 @@ from flm.worker.families.moss import MOSS
 from flm.worker.families.qwen import QWEN, QWEN2, QWEN3
 from flm.worker.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from flm.worker.families.rwkv import RWKV
-from flm.worker.families.support import GLM_130B, SUPPORT
+from flm.worker.families.support import SUPPORT
 from flm.worker.files.gguf_file import GGUFFile
 from flm.worker.files.json_fields import Fields, read_json
 
@@ -29,6 +28,7 @@ FAMILIES = (
     LLAMA, YI, XVERSE, INTERNLM, INTERNLM2, INTERNLM3, QWEN, QWEN2, QWEN3, BAICHUAN, MINICPM, GRANITE, CHATGLM, CHATGLM_6B, GLM,
     GLM4,    MOSS, BLOOM, DEEPSEEK_V2, DEEPSEEK_V3, QWEN2_MOE, QWEN3_MOE, RWKV,
 )  # fmt: skip
+_COMMON_END = "ForCausalLM"
 # GGUF's names of architectures that are called otherwise here
 _GGUF_NAMES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v2"}
 
@@ -38,8 +38,6 @@ def read_config(directory: Path) -> tuple[ModelConfig, Family]:
 
     Raises CheckpointError naming the file, the field and what was expected; for an unknown architecture also the
     nearest supported one."""
-    if not (directory / "config.json").exists() and any(directory.glob("**/mp_rank_*.pt")):
-        raise CheckpointError(str(directory), GLM_130B)
     fields = read_json(directory / "config.json")
     family = _family(fields)
     return hub.validated(family.read(fields), fields), family
@@ -70,9 +68,20 @@ def _family(fields: Fields) -> Family:
     refused = {row.architecture: row.note for row in SUPPORT if row.verified == "refused"}
     if found in refused:
         raise fields.fail(f"architectures: {found!r} is not supported: {refused[found]}")
-    supported = [name for family in FAMILIES for name in family.architectures]
-    nearest = get_close_matches(str(found), supported, 1, cutoff=0.5)
-    hint = f"; the nearest supported one is {nearest[0]}" if nearest else ""
+    said = f"architectures: {found!r}" if found else f"model_type: {fields.get('model_type')!r}"
+    supported = list(dict.fromkeys(name for family in FAMILIES for name in family.architectures))
+    nearest = _nearest(found, fields.get("model_type"), supported)
+    hint = f"; the nearest supported one is {nearest}" if nearest else ""
     if fields.get("auto_map"):
         hint += "; the code that comes with the checkpoint (auto_map) is never run"
-    raise fields.fail(f"architectures: {found!r} is not supported{hint}; supported: {', '.join(supported)}")
+    raise fields.fail(f"{said} is not supported{hint}; supported: {', '.join(supported)}")
+
+
+def _nearest(architecture: str | None, model_type: object, supported: list[str]) -> str:
+    """The supported architecture whose name is most like it, else the one of that model_type; "" where none is like it.
+    What all names end with makes none alike."""
+    stem = lambda name: name.removesuffix(_COMMON_END).lower()
+    stems = {stem(name): name for name in reversed(supported)}
+    if close := get_close_matches(stem(architecture or str(model_type)), stems, 1):
+        return stems[close[0]]
+    return next((f.architectures[0] for f in FAMILIES if f.model_type == model_type), "")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flm.worker.files.paths import MODEL_PARALLEL
+
 VERIFIED = ("golden logits", "formula", "shapes", "refused")
 
 
@@ -27,9 +29,6 @@ def _sizes(stem: str, *sizes: str) -> tuple[str, ...]:
     return tuple(stem.replace("*", size) for size in sizes)
 
 
-GLM_130B = (
-    "published as model-parallel .pt shards of another training system; there are no safetensors to load"
-)
 _WINDOW = "its layers have a sliding window, which is not supported"
 _GOLDEN = "golden logits"
 _LLAMA = (
@@ -112,7 +111,7 @@ SUPPORT = (
             note="its layout was not at hand to be verified"),
     Support("MiniCPM3ForCausalLM", ("openbmb/MiniCPM3-4B",), "refused", note="its rotations are scaled by longrope, which is "
             "not supported"),
-    Support("GLM130B", ("THUDM/GLM-130B",), "refused", note=GLM_130B),
+    Support("GLM130B", ("THUDM/GLM-130B",), "refused", note=MODEL_PARALLEL),
     Support("GLMModel", ("THUDM/glm-large-chinese",), "refused", note="an infilling model with learned block positions, not "
             "served as a chat model; its model_type is the same as GLM-4's"),
 )  # fmt: skip

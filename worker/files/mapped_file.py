@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flm.worker.errors import CheckpointError
 
+_LFS = b"version https://git-lfs"  # how what stands for a file begins that was cloned without its contents
 REQUEST = 128 << 10  # the least that systems read at once when they are told of a range
 
 
@@ -30,6 +31,10 @@ class MappedFile:
             self.data = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(str(path), f"cannot be read: {error.strerror or error}") from error
+        if self.data[: len(_LFS)] == _LFS:
+            raise CheckpointError(
+                str(path), "is a Git LFS pointer, not the file; `git lfs pull` fetches that"
+            )
 
     def bytes_at(self, offset: int, length: int) -> NDArray[np.uint8]:
         """A view of `length` bytes from `offset` on."""

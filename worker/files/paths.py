@@ -8,6 +8,10 @@ from pathlib import Path
 from flm.worker.errors import CheckpointError
 
 PACKAGE_PREFIX = "package:"
+# GLM-130B's form, and the reason why it is not supported
+MODEL_PARALLEL = (
+    "published as model-parallel .pt shards of another training system; there are no safetensors to load"
+)
 
 
 def resolve_model_path(path: str) -> Path:
@@ -35,6 +39,8 @@ def _in_directory(directory: Path) -> Path:
     if (directory / "config.json").is_file():
         return directory
     models = sorted(p for p in directory.glob("*.gguf") if p.is_file())
+    if not models and any((*directory.glob("mp_rank_*.pt"), *directory.glob("*/mp_rank_*.pt"))):
+        raise CheckpointError(str(directory), MODEL_PARALLEL)
     if not models:
         raise CheckpointError(str(directory), "expected config.json or one .gguf file in this directory")
     return _only_one(str(directory), models)

@@ -173,13 +173,8 @@ def open_safetensors(directory: Path) -> dict[str, SafetensorsFile]:
     single = directory / "model.safetensors"
     if not single.is_file():
         others = sorted(p.name for p in directory.glob("*.safetensors"))
-        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if not others and pickles:
-            raise CheckpointError(
-                str(directory),
-                f"holds weights as pickles ({pickles[0]}), which are programs and are never loaded; "
-                f"`flm-cluster convert {directory} NEW_DIRECTORY` reads them safely and writes safetensors",
-            )
+        if not others and (why := why_pickles(directory)):
+            raise CheckpointError(str(directory), why)
         if len(others) != 1:
             found = ", ".join(others) or "none"
             raise CheckpointError(
@@ -188,6 +183,17 @@ def open_safetensors(directory: Path) -> dict[str, SafetensorsFile]:
         single = directory / others[0]
     file = SafetensorsFile(single)
     return dict.fromkeys(file.tensors, file)
+
+
+def why_pickles(directory: Path) -> str:
+    """Why the pickles in a directory are not loaded, and what reads them; "" where it holds none."""
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if not pickles:
+        return ""
+    return (
+        f"holds weights as pickles ({pickles[0]}), which are programs and are never loaded; "
+        f"`flm-cluster convert {directory} NEW_DIRECTORY` reads them safely and writes safetensors"
+    )
 
 
 def _open_sharded(directory: Path, index: Path) -> dict[str, SafetensorsFile]:

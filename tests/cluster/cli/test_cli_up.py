@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import struct
@@ -128,11 +129,34 @@ def flip_header(file: Path) -> None:
     file.write_bytes(raw)
 
 
+def saying(**fields: object) -> Callable[[Path], None]:
+    """config.json with other fields."""
+
+    def change(file: Path) -> None:
+        config = file.parent / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+
+    return change
+
+
 DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (cut, "truncated: tensor "),
     "empty": (lambda file: file.write_bytes(b""), "the file is empty"),
     "corrupt": (flip_header, "the header is not JSON"),
     "no file": (Path.unlink, "holds config.json but no weights (*.safetensors)"),
+    "pickles": (
+        lambda file: file.rename(file.parent / "pytorch_model.bin"),
+        "holds weights as pickles (pytorch_model.bin), which are programs and are never loaded; `flm-cluster convert",
+    ),
+    "no tokenizer": (lambda file: None, "expected tokenizer.json, tokenizer.model"),
+    "another architecture": (
+        saying(architectures=["LlamaNextForCausalLM"], auto_map={"AutoModel": "m.Llama"}),
+        "the nearest supported one is LlamaForCausalLM; the code that comes with the checkpoint (auto_map) is never run",
+    ),
+    "unknown packing": (
+        saying(quantization_config={"quant_method": "mxfp4"}),
+        "quantization method 'mxfp4' is not supported; supported: gptq",
+    ),
     "missing tensor": (without("model.norm.weight"), "'model.norm.weight' [64] is missing"),
     "missing layer": (
         without("model.layers.1.mlp.up_proj.weight"),

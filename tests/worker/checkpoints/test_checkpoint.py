@@ -168,7 +168,19 @@ BROKEN_CONFIGS: list[tuple[dict[str, Any], str]] = [
         {"architectures": ["LamaForCausalLM"]},
         "'LamaForCausalLM' is not supported; the nearest supported one is LlamaForCausalLM; supported: ",
     ),
-    ({"architectures": "absent", "model_type": "absent"}, "None is not supported"),
+    ({"architectures": "absent", "model_type": "absent"}, "None is not supported; supported: Llama"),
+    (
+        {"architectures": "absent", "model_type": "qwen3_next"},
+        "'qwen3_next' is not supported; the nearest supported one is Qwen3",
+    ),
+    (
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+        "'MistralForCausalLM' is not supported; supported: ",
+    ),
+    (
+        {"architectures": ["OurOwnForCausalLM"], "model_type": "llama"},
+        "the nearest supported one is LlamaForCausalLM",
+    ),
     (
         {"architectures": ["FooForCausalLM"], "auto_map": {"AutoModel": "foo.Foo"}},
         "the code that comes with the checkpoint (auto_map) is never run",
@@ -230,6 +242,11 @@ def test_missing_and_foreign_tensors(model: Path) -> None:
     edit_tensors(model, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(
         CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' \[80, 64\] is missing"
+    ):
+        open_checkpoint(model)
+    edit_tensors(model, lambda t: [t.pop(name) for name in list(t) if ".mlp." in name])
+    with pytest.raises(
+        CheckpointError, match=r"is missing, as are .*down_proj.weight. \[64, 80\], .* and 5 more$"
     ):
         open_checkpoint(model)
 

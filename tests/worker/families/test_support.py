@@ -11,6 +11,7 @@ from flm.cluster.cli.models import to_markdown
 from flm.worker.errors import CheckpointError
 from flm.worker.families.registry import FAMILIES, read_config
 from flm.worker.families.support import SUPPORT, VERIFIED
+from flm.worker.files.paths import resolve_model_path
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -43,4 +44,4 @@ def test_refused_models_say_why(tmp_path: Path) -> None:
     shards.mkdir(parents=True)
     (shards / "mp_rank_00_model_states.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="there are no safetensors to load"):
-        read_config(tmp_path / "glm")
+        resolve_model_path(str(tmp_path / "glm"))

@@ -32,3 +32,6 @@ def test_what_cannot_be_mapped(tmp_path: Path) -> None:
         MappedFile(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="cannot be read: "):
         MappedFile(tmp_path)
+    (tmp_path / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n")
+    with pytest.raises(CheckpointError, match="pointer: is a Git LFS pointer, not the file; `git lfs pull`"):
+        MappedFile(tmp_path / "pointer")

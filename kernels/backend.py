@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
 from flm.kernels.staging import DeviceMemory, Staged
+from flm.kernels.stored import StoredMatrix
 
 Array = Any
 
@@ -165,8 +166,8 @@ class Backend(Protocol):
         """The array on the host, after all ops before have finished."""
         ...
 
-    def pack(self, matrix: QuantizedMatrix) -> PackedMatrix:
-        """A weight in this backend's layout. Not recorded by capture()."""
+    def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> PackedMatrix:
+        """A weight in this backend's layout; a stored one is read by rows, in threads. Not recorded by capture()."""
         ...
 
     def kv_cache(

@@ -22,6 +22,7 @@ from flm.kernels.reference_latent import ReferenceLatentOps
 from flm.kernels.reference_recurrent import ReferenceRecurrentOps
 from flm.kernels.reference_sampling import sample_row, top_logprobs
 from flm.kernels.staging import HostMemory
+from flm.kernels.stored import StoredMatrix
 
 Array = NDArray[Any]
 
@@ -85,7 +86,8 @@ class ReferenceBackend(
     def to_host(self, array: Array) -> Array:
         return array
 
-    def pack(self, matrix: QuantizedMatrix) -> ReferenceMatrix:
+    def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> ReferenceMatrix:
+        matrix = StoredMatrix.of(matrix).whole()
         return ReferenceMatrix(matrix.dequantize(), matrix.nbytes)
 
     def kv_cache(

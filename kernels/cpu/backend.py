@@ -35,6 +35,7 @@ from flm.kernels.errors import ShapeError
 from flm.kernels.group import Group
 from flm.kernels.quant import QuantizedMatrix
 from flm.kernels.staging import HostMemory
+from flm.kernels.stored import StoredMatrix
 
 Array = NDArray[Any]
 TILE_ROWS = 24  # query rows of one attention task
@@ -54,7 +55,7 @@ class CpuBackend(HostMemory, AdapterCalls, ClassicCalls, ExpertCalls, LatentCall
     def to_host(self, array: Array) -> Array:
         return array
 
-    def pack(self, matrix: QuantizedMatrix) -> CpuMatrix:
+    def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> CpuMatrix:
         return pack(matrix, self._arena.take)
 
     def kv_cache(

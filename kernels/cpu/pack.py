@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.copying import in_pieces
 from flm.kernels.errors import UnsupportedFormat
 from flm.kernels.float8 import E4M3
-from flm.kernels.quant import FLOAT_DTYPES, QuantizedMatrix, to_float32
+from flm.kernels.quant import QuantizedMatrix, to_float32
+from flm.kernels.stored import StoredMatrix
 
 PANEL = 64
 FORMS = {"int4": 0, "int8": 1, "float32": 2, "float16": 3, "bfloat16": 4, "fp8": 5}
@@ -114,22 +114,21 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> Array:
 def _panels(rows: Array, take: Take) -> Array:
     """[N, X] to [panels, X, 64], padded with zeros, aligned."""
     n, x = rows.shape
-    panels = -(-n // PANEL)
-    out = take((panels, x, PANEL), rows.dtype)
-    in_pieces(lambda piece: _fill(out, rows, piece), panels, out.nbytes)
+    out = take((-(-n // PANEL), x, PANEL), rows.dtype)
+    _fill(out, rows)
     return out
 
 
-def _fill(out: Array, rows: Array, panels: range) -> None:
-    """Transpose those panels by way of a copy whose rows are an odd number of cache lines apart: rows as far apart as a
+def _fill(out: Array, rows: Array) -> None:
+    """Transpose rows into panels by way of a copy whose rows are an odd number of cache lines apart: rows as far apart as a
     power of two fall into the same few places of a cache, which makes the reads of a column eight times as slow. Small panels
     go several at once."""
     x, lines = rows.shape[1], -(-rows.shape[1] * rows.itemsize // 64)
     apart = (lines | 1) * 64 // rows.itemsize
-    step = min(max(TOGETHER // (PANEL * apart * rows.itemsize), 1), len(panels))
+    step = max(min(TOGETHER // (PANEL * max(apart, 1) * rows.itemsize), len(out)), 1)
     spread = np.empty((step, PANEL, apart), rows.dtype)
-    for first in range(panels.start, panels.stop, max(step, 1)):
-        last = min(first + step, panels.stop)
+    for first in range(0, len(out), step):
+        last = min(first + step, len(out))
         held, copy = rows[first * PANEL : last * PANEL], spread[: last - first]
         flat = copy.reshape(-1, apart)
         flat[: len(held), :x] = held
@@ -137,17 +136,32 @@ def _fill(out: Array, rows: Array, panels: range) -> None:
         out[first:last] = copy[:, :, :x].transpose(0, 2, 1)
 
 
-def pack(matrix: QuantizedMatrix, take: Take = aligned) -> CpuMatrix:
+def pack(matrix: QuantizedMatrix | StoredMatrix, take: Take = aligned) -> CpuMatrix:
     """Rearrange into arrays from `take`; nothing is rounded."""
+    stored, held = StoredMatrix.of(matrix), list[Array]()
+
+    def take_codes(first: int, rows: QuantizedMatrix) -> None:
+        codes = _words(rows)
+        if not held:
+            held.append(take((-(-stored.shape[0] // PANEL), codes.shape[1], PANEL), codes.dtype))
+        _fill(held[0][first // PANEL : -(-(first + len(codes)) // PANEL)], codes)
+
+    rest = stored.streamed(PANEL, take_codes)
+    if rest.scales is None:
+        return CpuMatrix(rest.format, rest.shape, held[0], 0, None, None)
+    scales = rest.scales * FP8_UNIT if rest.format == "fp8" else rest.scales
+    offsets = None if rest.offsets is None else _panels(rest.offsets.astype(scales.dtype), take)
+    return CpuMatrix(
+        rest.format, rest.shape, held[0], rest.group, _panels(scales, take), offsets, rest.gather
+    )
+
+
+def _words(matrix: QuantizedMatrix) -> Array:
+    """Codes as they are packed. Raises UnsupportedFormat."""
     if matrix.format not in FORMS:
         raise UnsupportedFormat(f"one of {', '.join(FORMS)} expected, got {matrix.format}")
-    if matrix.format in FLOAT_DTYPES:
-        return CpuMatrix(matrix.format, matrix.shape, _panels(matrix.codes, take), 0, None, None)
-    codes = matrix.codes
     if matrix.format == "int4":
-        codes = np.ascontiguousarray(codes).view("<u4")  # four bytes of two nibbles: nibble j is input j
-    assert matrix.scales is not None
-    scales = matrix.scales * FP8_UNIT if matrix.format == "fp8" else matrix.scales
-    offsets = None if matrix.offsets is None else _panels(matrix.offsets.astype(scales.dtype), take)
-    packed = _panels(codes, take), matrix.group, _panels(scales, take), offsets, matrix.gather
-    return CpuMatrix(matrix.format, matrix.shape, *packed)
+        return np.ascontiguousarray(matrix.codes).view(
+            "<u4"
+        )  # four bytes of two nibbles: nibble j is input j
+    return matrix.codes

@@ -31,6 +31,7 @@ from flm.kernels.cuda.rope import CudaCache
 from flm.kernels.cuda.step_calls import ACTIVATION
 from flm.kernels.errors import DTypeError, KernelError
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.stored import StoredMatrix
 
 Array = Any
 
@@ -61,7 +62,7 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, Recurren
     def to_host(self, array: Array) -> NDArray[Any]:
         return self.device.download(array)
 
-    def pack(self, matrix: QuantizedMatrix) -> CudaMatrix:
+    def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> CudaMatrix:
         return pack(matrix, self.activation, self.device)
 
     def kv_cache(

@@ -69,6 +69,9 @@ class HostArrays:
     def asarray(self, host: Array) -> Array:
         return host
 
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return np.empty(shape, dtype)
+
 
 def interleaved(matrix: QuantizedMatrix) -> QuantizedMatrix:
     """Gates over ups [2F, K] as tiles of eight gates and eight ups; where F is no multiple of 8, some rows twice."""
@@ -108,7 +111,7 @@ def _widened(matrix: CudaMatrix, device: GraphDevice) -> CudaMatrix:
     if matrix.gather is not None:
         rows[...] = 0  # inputs that no group has
     embedding(device, there, device.asarray(np.arange(matrix.shape[0], dtype=np.int32)), rows)
-    return pack(from_float(device.download(rows)), matrix.dtype, HostArrays())  # type: ignore[arg-type]
+    return pack(from_float(device.download(rows)), matrix.dtype, HostArrays())
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,21 +6,34 @@ Shape legend: N outputs, K inputs, G groups along K.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.cuda.kernel import Device
 from flm.kernels.errors import ShapeError, UnsupportedFormat
-from flm.kernels.quant import QuantizedMatrix, bfloat16_bits
+from flm.kernels.quant import QuantizedMatrix, bfloat16_bits, concat_rows
+from flm.kernels.stored import StoredMatrix
 
 Array = Any
 STEPS = {"int4": 4, "int8": 2, "fp8": 2, "float": 1}  # steps of 16 inputs in a tile
 NUMBERS = {"int4": 4, "int8": 8, "fp8": 9, "float": 16}  # as weights.h calls the formats
+_TWO_INPUTS = {
+    "int4": "<u2",
+    "int8": "<u2",
+    "fp8": "<u2",
+    "float": "<u4",
+}  # what holds both of a register; int4: of two
 SLICES = 8
 WIDEST_GROUP = 8  # steps
+
+
+class Memory(Protocol):
+    """What packed weights are put in: a Device, or the host."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
+    def asarray(self, host: Any) -> Array: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,38 +77,68 @@ class CudaMatrix:
         return single if self.scales.ndim == 3 else f"{single}2"
 
 
-def pack(matrix: QuantizedMatrix, activation: str, device: Device) -> CudaMatrix:
-    """The matrix for products with float16 or bfloat16 activations. Float weights are rounded to that type.
+def pack(matrix: QuantizedMatrix | StoredMatrix, activation: str, device: Memory) -> CudaMatrix:
+    """The matrix for products with float16 or bfloat16 activations. Float weights are rounded to that type. Threads of the
+    host arrange one piece while the device takes another.
 
     Raises ShapeError where K is no multiple of 4, UnsupportedFormat for formats that weights.h does not know.
     """
-    n, k = matrix.shape
-    if matrix.columns % 4:
-        raise ShapeError(f"a number of inputs that is a multiple of 4 expected, got {k}")
-    if matrix.scales is None:
-        format, group, codes = "float", 0, rounded(matrix, activation)
-    elif matrix.format in NUMBERS:
-        format, group = matrix.format, math.gcd(matrix.group // 16, WIDEST_GROUP)
-        codes = matrix.codes if format == "fp8" else matrix.unpacked().view(np.uint8)
-        codes = codes ^ np.uint8(0x80) if format == "int8" else codes
-    else:
-        raise UnsupportedFormat(f"float weights or one of int4, int8, fp8 expected, got {matrix.format}")
-    steps = math.lcm(STEPS[format], group or 1)
-    padded = np.full(
-        (-(-n // 16) * 16, -(-matrix.columns // (16 * steps)) * 16 * steps), _zero(format), codes.dtype
-    )
-    padded[:n, : min(codes.shape[1], padded.shape[1])] = codes[:, : padded.shape[1]]
-    scales = None if matrix.scales is None else _scales(matrix, group, padded.shape[1] // 16 // group)
+    stored = StoredMatrix.of(matrix)
+    n, k = stored.shape
+    codes: Array = None
+    kept: list[QuantizedMatrix] = []
+
+    def work(first: int, rows: QuantizedMatrix) -> tuple[int, Array, QuantizedMatrix]:
+        return first // 16, _packed_codes(rows, activation), replace(rows, codes=rows.codes[:0])
+
+    for tile, tiles, rest in stored.pieces(16, work):
+        kept.append(rest)
+        if rest.shape[0] == n:
+            codes = device.asarray(tiles)
+            continue
+        if codes is None:
+            codes = device.empty((-(-n // 16), *tiles.shape[1:]), np.uint32)
+        codes[tile : tile + len(tiles)] = device.asarray(tiles)
+    rest = kept[0] if len(kept) == 1 else concat_rows(kept)
+    format, group = _kind(rest)
+    groups = int(codes.shape[1]) * STEPS[format] // (group or 1)
+    scales = None if rest.scales is None else _scales(rest, group, groups)
     return CudaMatrix(
         (n, k),
         format,
         activation,
-        device.asarray(_tiles(padded, format)),
+        codes,
         None if scales is None else device.asarray(scales),
         group,
-        matrix.columns,
-        None if matrix.gather is None else device.asarray(matrix.gather),
+        rest.columns,
+        None if rest.gather is None else device.asarray(rest.gather),
     )
+
+
+def _kind(matrix: QuantizedMatrix) -> tuple[str, int]:
+    """The format of its codes as weights.h calls it, and steps of 16 inputs that share a scale."""
+    if matrix.columns % 4:
+        raise ShapeError(f"a number of inputs that is a multiple of 4 expected, got {matrix.shape[1]}")
+    if matrix.scales is None:
+        return "float", 0
+    if matrix.format not in NUMBERS:
+        raise UnsupportedFormat(f"float weights or one of int4, int8, fp8 expected, got {matrix.format}")
+    return matrix.format, math.gcd(matrix.group // 16, WIDEST_GROUP)
+
+
+def _packed_codes(matrix: QuantizedMatrix, activation: str) -> NDArray[np.uint32]:
+    """[row tiles, k tiles, 32, 4] of some rows."""
+    format, group = _kind(matrix)
+    codes = rounded(matrix, activation) if format == "float" else matrix.codes.view(np.uint8)
+    codes = codes ^ np.uint8(0x80) if format == "int8" else codes
+    steps = math.lcm(STEPS[format], group or 1)
+    columns = -(-matrix.columns // (16 * steps)) * 16 * steps // (2 if format == "int4" else 1)
+    wanted = -(-matrix.shape[0] // 16) * 16, columns
+    if codes.shape != wanted:
+        padded = np.full(wanted, _zero(format), codes.dtype)
+        padded[: matrix.shape[0], : min(codes.shape[1], columns)] = codes[:, :columns]
+        codes = padded
+    return _tiles(np.ascontiguousarray(codes), format)
 
 
 def _zero(format: str) -> int:
@@ -117,19 +160,26 @@ def rounded(matrix: QuantizedMatrix, activation: str) -> NDArray[np.uint16]:
 
 
 def _tiles(codes: Array, format: str) -> NDArray[np.uint32]:
-    """Codes [rows, columns], whole tiles, to [row tiles, k tiles, 32, 4]. Register i of a fragment is 2 * p + half."""
-    rows, columns = codes.shape
-    steps = STEPS[format]
-    # row = 16 * n + 8 * half + g; column = 16 * (steps * tile + s) + 4 * t + 2 * p + h
-    parts = codes.reshape(rows // 16, 2, 8, columns // (16 * steps), steps, 4, 2, 2)
+    """Codes [rows, columns], whole tiles (int4: bytes of two), to [row tiles, k tiles, 32, 4]. Register i of a fragment is
+    2 * p + half; row = 16 * n + 8 * half + g; column = 16 * (steps * tile + s) + 4 * t + 2 * p + h.
+
+    In passes over long rows, and at last 64 bytes at a time: NumPy takes as long for a run of 2 values as for one of 30.
+    """
+    row_tiles, steps = len(codes) // 16, STEPS[format]
+    upper, lower = codes.view(_TWO_INPUTS[format]).reshape(row_tiles, 2, 8, -1).swapaxes(0, 1)
     if format == "int4":  # nibble 4 * h + 2 * p + half of word s
-        order = parts.transpose(0, 3, 2, 5, 4, 7, 6, 1)
-        pairs = order.reshape(*order.shape[:5], 4, 2)
-        order = pairs[..., 0] | (pairs[..., 1] << 4)
+        mask = np.uint16(0x0F0F)
+        parts = (upper & mask) | ((lower & mask) << 4), ((upper >> 4) & mask) | (lower & ~mask)
     else:  # register by register, the two elements of each side by side
-        order = parts.transpose(0, 3, 2, 5, 4, 6, 1, 7)
-    flat = np.ascontiguousarray(order).reshape(rows // 16, columns // (16 * steps), 32, -1)
-    return flat.view(np.uint32)
+        parts = upper, lower
+    ordered = np.stack(parts, axis=-1).reshape(-1).view(f"V{16 // steps}").reshape(-1, steps, 4)
+    if steps > 1:
+        lanes = np.empty((len(ordered), 4, steps), ordered.dtype)
+        for s, t in np.ndindex(steps, 4):
+            lanes[:, t, s] = ordered[:, s, t]
+        ordered = lanes
+    runs = ordered.reshape(-1).view("V64").reshape(row_tiles, 8, -1)  # of the four lanes of a row
+    return np.ascontiguousarray(runs.swapaxes(1, 2)).view(np.uint32).reshape(row_tiles, -1, 32, 4)
 
 
 def _scales(matrix: QuantizedMatrix, group: int, groups: int) -> Array:

@@ -20,6 +20,7 @@ from flm.kernels.cuda.grouped import CudaGroup
 from flm.kernels.cuda.pack import STEPS, CudaMatrix
 from flm.kernels.expert_ops import Routing
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.stored import StoredMatrix
 from flm.worker.canonical import EMBEDDING, EXACT, LM_HEAD, decoder_tensors
 from flm.worker.communication.comm import LocalCommunicator
 from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig, ShardSpec, Span
@@ -52,8 +53,8 @@ class ShapedWeights:
     def __init__(self, model: ModelConfig) -> None:
         self.shard = ShardSpec(model, 1, 0)
         self._specs = decoder_tensors(model)
-        self.embedding = self.matrix(EMBEDDING)
-        self.lm_head = None if model.tie_embeddings else self.matrix(LM_HEAD)
+        self.embedding = self.stored(EMBEDDING)
+        self.lm_head = None if model.tie_embeddings else self.stored(LM_HEAD)
         self.lm_head_bias = None
 
     def matrix(self, name: str, rows: Span | None = None, cols: Span | None = None) -> QuantizedMatrix:
@@ -68,6 +69,12 @@ class ShapedWeights:
         shape = (sum(span.size for _, span in parts), first.shape[1])
         return replace(first, shape=shape, codes=np.broadcast_to(first.codes[:1, :1], shape))
 
+    def stored(self, name: str, rows: Span | None = None, cols: Span | None = None) -> StoredMatrix:
+        return StoredMatrix.of(self.matrix(name, rows, cols))
+
+    def stored_below(self, prefix: str, parts: Sequence[tuple[str, Span]]) -> StoredMatrix:
+        return StoredMatrix.of(self.fused(prefix, parts))
+
     def fused_bias(self, prefix: str, parts: Sequence[tuple[str, Span]]) -> None:
         return None
 
@@ -80,17 +87,15 @@ class ShapedWeights:
     def vector_or_none(self, name: str, span: Span | None = None) -> Array | None:
         return self.vector(name) if name in self._specs else None
 
-    def drop_pages(self) -> None:
-        """Nothing was read."""
-
 
 class DummyBackend(CudaBackend):
     """A backend whose weights are random: "int4" with groups, where a matrix is not float32, or "float"."""
 
     format = "int4"
 
-    def pack(self, matrix: QuantizedMatrix) -> CudaMatrix:
-        return self._random(1, matrix.shape, self._format_of(matrix))[0]
+    def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> CudaMatrix:
+        whole = StoredMatrix.of(matrix).read(0, matrix.shape[0])
+        return self._random(1, whole.shape, self._format_of(whole))[0]
 
     def pack_heads(self, heads: Iterable[QuantizedMatrix]) -> CudaGroup:
         matrices = list(heads)

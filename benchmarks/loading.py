@@ -1,18 +1,21 @@
-"""How fast a rank loads a checkpoint of 2 GB, how much it reads, and how much memory that takes.
+"""How fast ranks load a checkpoint of about 2 GB, how much they read, and how much memory that takes.
 
-A dummy bfloat16 checkpoint is written, its pages are dropped from the system's cache, and the disk's sequential read is
-timed beside each load (they take turns). Bytes are those of /proc/self/io: what came from the disk, readahead included.
+Checkpoints with the shapes of Llama-3-8B, fewer layers and half its vocabulary, whose weights are noise. Their pages are dropped
+from the system's cache, and the disk's sequential read is timed beside each load (they take turns). All ranks of a model load at
+once, as they do when it is served.
 
-A rank among several reads pieces of rows of two matrices a layer, and a disk gives whole pages; a checkpoint that was
-converted for that many ranks has no such pieces.
+Of /proc/self/io: what ranks asked the system for (rchar), over the bytes of their shards in the file; and what the disk read for
+all of them together (read_bytes: whole pages, readahead included), over the file. Ranks share pages through the system's cache, so
+a page counts for the rank that came first.
 
-Usage: python benchmarks/loading.py [--folder DIR] [--rounds 3]
+Usage: python benchmarks/loading.py [--folder DIR] [--rounds 3] [--only bf16] [--ranks 1 2 4]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import re
 import statistics
@@ -20,87 +23,60 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from dummy_checkpoints import LLAMA3_8B, write_directory, write_gguf
 
+from flm.worker.canonical import decoder_tensors
+from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.conversion.convert import convert
-from flm.worker.group.backends import open_backend
-from flm.worker.group.rank import GroupSpec, Rank
+from flm.worker.group.group_spec import GroupSpec
+from flm.worker.group.rank import Rank, open_backend
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB = 2048, 5632, 18, 16, 32000
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-    "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": VOCAB,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-}  # fmt: skip
 BUFFER = 8 << 20
 TARGETS = "at least 0.70 of the disk's sequential read, at most 1.05 of the shard read, at most 300 MB beside the shard"
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
-    """The dummy's tensors."""
-    tensors: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB, HIDDEN),
-        "lm_head.weight": (VOCAB, HIDDEN),
-    }
-    tensors["model.norm.weight"] = (HIDDEN,)
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        tensors |= {f"{prefix}{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
-        tensors |= {f"{prefix}self_attn.{n}_proj.weight": (HIDDEN, HIDDEN) for n in "qkvo"}
-        tensors |= {f"{prefix}mlp.{n}_proj.weight": (INTERMEDIATE, HIDDEN) for n in ("gate", "up")}
-        tensors[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-    return tensors
-
-
-def write_dummy(folder: Path) -> Path:
-    """The dummy checkpoint; its weights are random numbers near 1, the same block over and over."""
-    header, at = {}, 0
-    for name, shape in shapes().items():
-        size = 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header).encode()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    block = np.random.default_rng(0).integers(0x3F00, 0x3F80, BUFFER // 2, dtype=np.uint16).tobytes()
-    path = folder / "model.safetensors"
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, at, BUFFER):
-            file.write(block[: min(BUFFER, at - start)])
-        file.flush()
-        os.fsync(file.fileno())
-    return path
+def weight_files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
 def forget(path: Path) -> None:
-    """Drop the file's pages from the system's cache."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Drop the files' pages from the system's cache."""
+    for each in weight_files(path):
+        with each.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def sequential(path: Path) -> float:
-    """Bytes/s of reading the file from the disk, front to back."""
+def sequential(path: Path, fresh: bool = False) -> float:
+    """Bytes/s of reading the files from the disk, front to back, into one buffer, or each byte into memory that was not used
+    before, as weights are."""
     forget(path)
-    buffer = bytearray(BUFFER)
-    start = time.perf_counter()
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while file.readinto(buffer):
-            pass
-    return path.stat().st_size / (time.perf_counter() - start)
+    size = sum(each.stat().st_size for each in weight_files(path))
+    memory = mmap.mmap(-1, size + BUFFER if fresh else BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if fresh:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    view, at, start = memoryview(memory), 0, time.perf_counter()
+    for each in weight_files(path):
+        with each.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            while got := file.readinto(view[at : at + BUFFER]):
+                at += got if fresh else 0
+    return size / (time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
 class Load:
-    """One load. Bytes; `shard`: of the weights as the rank keeps them; `peak`: resident memory beyond what the process had
-    when it began."""
+    """One rank's load. Bytes; asked: for which the system was asked; read: that the disk read for it; stored: of its weights in the
+    file; held: of them as the rank keeps them; peak: resident memory beyond what the process had when it began."""
 
     seconds: float
+    asked: int
     read: int
-    shard: int
+    stored: int
+    held: int
     peak: int
 
 
@@ -111,84 +87,138 @@ def status(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def disk_reads() -> int:
-    found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
+def read_so_far() -> tuple[int, int]:
+    """rchar and read_bytes."""
+    text = Path("/proc/self/io").read_text()
+    found = [re.search(rf"^{field}: (\d+)", text, re.MULTILINE) for field in ("rchar", "read_bytes")]
+    assert found[0] is not None
+    assert found[1] is not None
+    return int(found[0][1]), int(found[1][1])
 
 
-def load_here(folder: Path, ranks: int) -> Load:
-    """Load rank 0 in this process."""
-    open_backend("cpu", 2)  # kernels come from their own cache, not from the checkpoint
-    spec = GroupSpec("r", "dummy", str(folder), tensor_parallel=ranks, threads=2)
-    rank = Rank(spec, 0)
-    before, reads, start = status("VmRSS"), disk_reads(), time.perf_counter()
+def load_here(path: Path, quantization: str, ranks: int, number: int) -> Load:
+    """Load one rank in this process, when a line arrives."""
+    threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
+    open_backend("cpu", threads)  # kernels come from their own cache, not from the checkpoint
+    spec = GroupSpec(
+        "r", "dummy", str(path), tensor_parallel=ranks, threads=threads, quantization=quantization
+    )
+    rank = Rank(spec, number)
+    print("ready", flush=True)
+    sys.stdin.readline()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before, reads, start = status("VmRSS"), read_so_far(), time.perf_counter()
     rank.load(lambda fraction: None)
-    seconds, read, peak = time.perf_counter() - start, disk_reads() - reads, status("VmHWM") - before
-    held = sum(array.nbytes for array in packed(rank.model))
-    return Load(seconds, read, held, peak)
+    seconds, peak = time.perf_counter() - start, status("VmHWM") - before
+    asked, read = (now - then for now, then in zip(read_so_far(), reads, strict=True))
+    checkpoint, shard = open_checkpoint(path), rank.shard
+    specs = decoder_tensors(shard.model)
+    stored = sum(checkpoint.storage(name).nbytes * shard.share(spec.split) for name, spec in specs.items())
+    return Load(seconds, asked, read, int(stored), sum(matrix.nbytes for matrix in packed(rank.model)), peak)  # type: ignore[attr-defined]
 
 
-def packed(model: object) -> list[object]:
+def packed(model: object) -> Iterator[object]:
     """Every packed matrix of a decoder."""
     decoder: object = model
-    found = [decoder.embedding, decoder.lm_head]  # type: ignore[attr-defined]
+    yield decoder.embedding  # type: ignore[attr-defined]
+    yield decoder.lm_head  # type: ignore[attr-defined]
     for layer in decoder.layers:  # type: ignore[attr-defined]
-        found += [
+        yield from (
             layer.attention.qkv,
             layer.attention.output,
             layer.feed_forward.gate_up,
             layer.feed_forward.down,
-        ]
-    return found
+        )
 
 
-def load_apart(folder: Path, ranks: int) -> Load:
-    """Load rank 0 in a fresh process, from the disk."""
-    for path in folder.glob("*.safetensors"):
-        forget(path)
-    arguments = [sys.executable, __file__, "--child", str(folder), str(ranks)]
-    output = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-    return Load(**json.loads(output.splitlines()[-1]))
+def load_apart(path: Path, quantization: str, ranks: int) -> list[Load]:
+    """Load all ranks at once in fresh processes, from the disk."""
+    started = []
+    for number in range(ranks):
+        arguments = [sys.executable, __file__, "--child", str(path), quantization, str(ranks), str(number)]
+        started.append(subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    for child in started:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    forget(path)
+    loads = []
+    for child in started:
+        assert child.stdin is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    for child in started:
+        output, _ = child.communicate()
+        assert child.returncode == 0, output
+        loads.append(Load(**json.loads(output.splitlines()[-1])))
+    return loads
 
 
-def measure(label: str, folder: Path, ranks: int, rounds: int) -> None:
-    """Sequential reads and loads of rank 0, taking turns; prints the median load."""
-    shares, loads, speeds = [], [], []
+def measure(label: str, path: Path, quantization: str, ranks: int, rounds: int) -> None:
+    """Sequential reads and loads, taking turns; prints medians."""
+    speeds, fresh, took, all_loads = [], [], [], []
+    size = sum(each.stat().st_size for each in weight_files(path))
     for _ in range(rounds):
-        speed = sequential(next(folder.glob("*.safetensors")))
-        load = load_apart(folder, ranks)
-        loads.append(load)
-        speeds.append(speed)
-        shares.append(load.shard / load.seconds / speed)
-    middle = sorted(loads, key=lambda load: load.seconds)[len(loads) // 2]
+        speeds.append(sequential(path))
+        fresh.append(sequential(path, fresh=True))
+        loads = load_apart(path, quantization, ranks)
+        took.append(max(load.seconds for load in loads))
+        all_loads += loads
+    middle = statistics.median
+    share = middle(size / seconds / speed for seconds, speed in zip(took, speeds, strict=True))
+    share_fresh = middle(size / seconds / speed for seconds, speed in zip(took, fresh, strict=True))
+    asked = max(load.asked / load.stored for load in all_loads)
+    each = max(load.read / load.stored for load in all_loads)
+    read = sum(load.read for load in all_loads) / rounds / size
+    beside = max(load.peak - load.held for load in all_loads)
     print(
-        f"{label}: {middle.seconds:.1f} s, {middle.read / 1e6:,.0f} MB read = {middle.read / middle.shard:.3f} of the shard, "
-        f"at {statistics.median(shares):.2f} of {statistics.median(speeds) / 1e6:,.0f} MB/s, "
-        f"peak {(middle.peak - middle.shard) / 1e6:+,.0f} MB beside {middle.shard / 1e6:,.0f} MB of weights",
+        f"| {label} | {ranks} | {size / 1e9:.2f} GB | {asked:.3f} | {read:.3f} (most {each:.2f}) | {middle(took):.1f} s | "
+        f"{share:.2f} of {middle(speeds) / 1e6:,.0f} MB/s | {share_fresh:.2f} of {middle(fresh) / 1e6:,.0f} MB/s | "
+        f"{beside / 1e6:+,.0f} MB |",
         flush=True,
     )
 
 
+def checkpoints(folder: Path) -> dict[str, tuple[Callable[[], Path], str]]:
+    """How each case's checkpoint is made, and the quantization it is loaded with."""
+    shape, path = LLAMA3_8B, folder / "whole"
+    bf16 = lambda: path if path.exists() else write_directory(path, shape, 3)
+    made = lambda name, *arguments: (
+        convert(bf16(), folder / name, *arguments, lambda done: None),
+        folder / name,
+    )[1]
+    return {
+        "bf16": (bf16, "auto"),
+        "bf16, int8 online": (bf16, "int8"),
+        "bf16, int4 online": (bf16, "int4"),
+        "GPTQ int4": (lambda: write_directory(folder / "gptq", shape, 10, gptq=True), "auto"),
+        "GGUF Q4_1": (lambda: write_gguf(folder / "q4_1.gguf", shape, 10, "Q4_1"), "auto"),
+        "GGUF Q4_K": (lambda: write_gguf(folder / "q4_k.gguf", shape, 10, "Q4_K"), "auto"),
+        "converted int8": (lambda: made("int8", "int8", 0), "auto"),
+        "converted int4": (lambda: made("int4", "int4", 0), "auto"),
+        "converted for 2": (lambda: made("cut", "auto", 2), "auto"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--child", nargs=2)
+    parser.add_argument("--child", nargs=4)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(vars(load_here(Path(options.child[0]), int(options.child[1])))))
+        path, quantization, ranks, number = options.child
+        print(json.dumps(vars(load_here(Path(path), quantization, int(ranks), int(number)))))
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        folder, cut = Path(temporary) / "whole", Path(temporary) / "cut"
-        folder.mkdir()
-        size = write_dummy(folder).stat().st_size
-        print(f"{size / 1e9:.2f} GB; wanted: {TARGETS}")
-        measure("1 rank", folder, 1, options.rounds)
-        measure("rank 0 of 2", folder, 2, options.rounds)
-        convert(folder, cut, "auto", 2, lambda fraction: None)
-        measure("rank 0 of 2, converted for 2", cut, 2, options.rounds)
+        print(f"wanted: {TARGETS}")
+        for label, (make, quantization) in checkpoints(Path(temporary)).items():
+            if options.only and label not in options.only:
+                continue
+            path = make()
+            for ranks in [2] if label.endswith("for 2") else options.ranks:
+                measure(label, path, quantization, ranks, options.rounds)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,10 @@ class ShardLayer:
 
 def layer_of(weights: ModelWeights, number: int) -> ShardLayer:
     backend = cast(Any, ReferenceBackend())
-    loading = Loading(weights, backend, Workspace(backend, 1), pack=lambda matrix: cast(Any, matrix))
+    loading = Loading(weights, backend, Workspace(backend, 1), pack=lambda matrix: cast(Any, matrix.whole()))
     prefix = layer_prefix(number)
     attention: Any = Attention(loading, prefix + "self_attn.", Rotary(loading, 1), cast(Any, None))
     mlp: Any = FeedForward(loading, prefix + "mlp.", weights.shard.intermediate)
-    weights.drop_pages()
     return ShardLayer(
         attention.qkv,
         attention.qkv_bias,

@@ -41,13 +41,13 @@ class TensorSource(Protocol):
     def storage(self, name: str) -> Storage: ...
     def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix: ...
     def vector(self, name: str, span: Span) -> NDArray[np.float32]: ...
-    def drop_pages(self) -> None: ...
+    def will_read(self, name: str, rows: Span, cols: Span) -> None: ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: every tensor that `config` needs is there, in the right shape. Nothing is in memory
-    but its header; reads touch only the pages of what they return. Names are canonical ones."""
+    but its header; only what is asked for is read. Names are canonical ones."""
 
     path: Path
     config: ModelConfig
@@ -73,7 +73,7 @@ class Checkpoint:
 
     def matrix(self, name: str, rows: Span | None = None, cols: Span | None = None) -> QuantizedMatrix:
         """Rows and columns of a matrix [N, K] in the checkpoint's own precision, exactly. `cols` must not cut a
-        quantisation group (kernels' ShapeError). Float matrices may be views of the file: copy what shall stay."""
+        quantisation group (kernels' ShapeError)."""
         recipe, (n, k) = self.recipes[name], self.shapes[name]
         rows, cols = rows or Span(0, n), cols or Span(0, k)
         wide = recipe.whole_heads(rows)
@@ -93,9 +93,11 @@ class Checkpoint:
         values = values if order is None else values[order]
         return values[span.start - wide.start : span.stop - wide.start]
 
-    def drop_pages(self) -> None:
-        """Take what was read so far out of the process' resident set."""
-        self.source.drop_pages()
+    def will_read(self, name: str, rows: Span, cols: Span) -> None:
+        """Begin to read a piece of a matrix from the disk, on another thread."""
+        recipe = self.recipes[name]
+        for run in recipe.runs(recipe.whole_heads(rows)):
+            self.source.will_read(recipe.tensor, run, cols)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -120,22 +120,38 @@ class CutSource:
         return replace(smallest, nbytes=sum(storage.nbytes for storage in held))
 
     def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
-        source = self._holder(name, rows, cols)
-        return source.matrix(name, Span(0, rows.size), Span(0, cols.size))
+        source, (rows, cols) = self._holder(name, rows, cols)
+        return source.matrix(name, rows, cols)
 
     def vector(self, name: str, span: Span) -> NDArray[np.float32]:
-        return self._holder(name, span).vector(name, Span(0, span.size))
+        source, (span,) = self._holder(name, span)
+        return source.vector(name, span)
 
-    def drop_pages(self) -> None:
-        for source in self._ranks:
-            source.drop_pages()
+    def will_read(self, name: str, rows: Span, cols: Span) -> None:
+        if self._rank_of(name, rows, cols) is not None:
+            source, (rows, cols) = self._holder(name, rows, cols)
+            source.will_read(name, rows, cols)
 
-    def _holder(self, name: str, *spans: Span) -> PackedSource:
-        wanted: Any = box_of(*spans)
-        for source, box in zip(self._ranks, self._pieces[name], strict=True):
-            if box == wanted:
-                return source
-        raise CheckpointError(
-            str(self._path),
-            f"was cut for {self.cut.ranks} ranks, none of which reads {list(wanted)} of {name!r}",
-        )
+    def _rank_of(self, name: str, *spans: Span) -> int | None:
+        """A rank whose piece holds those rows, and exactly those columns: rows of a piece may be read a few at a time."""
+        first, *others = spans
+        for rank, box in enumerate(self._pieces[name]):
+            if box is None or box[2:] != box_of(*others):
+                continue
+            if box[0] <= first.start <= first.stop <= box[1]:
+                return rank
+        return None
+
+    def _holder(self, name: str, *spans: Span) -> tuple[PackedSource, list[Span]]:
+        """A rank's file, and where the spans are in its piece."""
+        rank = self._rank_of(name, *spans)
+        if rank is None:
+            raise CheckpointError(
+                str(self._path),
+                f"was cut for {self.cut.ranks} ranks, none of which reads {list(box_of(*spans))} of {name!r}",
+            )
+        box = self._pieces[name][rank]
+        assert box is not None
+        return self._ranks[rank], [
+            Span(span.start - start, span.stop - start) for span, start in zip(spans, box[::2], strict=True)
+        ]

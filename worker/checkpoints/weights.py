@@ -5,14 +5,17 @@ Shape legend: N rows (outputs), K columns (inputs).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import gcd, lcm, prod
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.stored import StoredMatrix
 from flm.worker.canonical import EMBEDDING, LM_HEAD, decoder_tensors
 from flm.worker.checkpoints.checkpoint import Checkpoint
 from flm.worker.config import ModelConfig, ShardSpec, Span
@@ -25,10 +28,12 @@ from flm.worker.tensors.precision import (
     parse_quantization,
     regroup,
     row_pieces,
+    stored_below,
 )
 from flm.worker.tensors.tensor_source import stack_rows
 
 Vector = NDArray[np.float32]
+LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 class ModelWeights:
@@ -44,17 +49,18 @@ class ModelWeights:
     ) -> None:
         self.shard = shard
         self._checkpoint, self._precision = checkpoint, precision
-        self._on_progress, self._read = on_progress, 0
+        self._on_progress, self._read, self._lock = on_progress, 0, Lock()
+        self._told: set[tuple[str, Span, Span]] = set()
 
     @property
-    def embedding(self) -> QuantizedMatrix:
+    def embedding(self) -> StoredMatrix:
         """This rank's rows of the vocabulary."""
-        return self.matrix(EMBEDDING, self.shard.vocab)
+        return self.stored(EMBEDDING, self.shard.vocab)
 
     @property
-    def lm_head(self) -> QuantizedMatrix | None:
+    def lm_head(self) -> StoredMatrix | None:
         """This rank's rows of the vocabulary; None where the embedding serves as the head."""
-        return None if self.shard.model.tie_embeddings else self.matrix(LM_HEAD, self.shard.vocab)
+        return None if self.shard.model.tie_embeddings else self.stored(LM_HEAD, self.shard.vocab)
 
     @property
     def lm_head_bias(self) -> Vector | None:
@@ -80,14 +86,47 @@ class ModelWeights:
     def vector_or_none(self, name: str, span: Span | None = None) -> Vector | None:
         return self.vector(name, span) if self._checkpoint.has(name) else None
 
-    def drop_pages(self) -> None:
-        """Take what was read so far out of the process' resident set."""
-        self._checkpoint.drop_pages()
+    def stored(self, name: str, rows: Span | None = None, cols: Span | None = None) -> StoredMatrix:
+        """As matrix, to be read by whoever packs it."""
+        whole_rows, whole_cols = self._announced(name, rows, cols)
+
+        def read(start: int, stop: int) -> QuantizedMatrix:
+            span = Span(whole_rows.start + start, whole_rows.start + stop)
+            return self._counted(self._piece(name, span, whole_cols))
+
+        return StoredMatrix((whole_rows.size, whole_cols.size), read)
+
+    def stored_below(self, prefix: str, parts: Sequence[tuple[str, Span]]) -> StoredMatrix:
+        """As fused, to be read by whoever packs it."""
+        names = [f"{prefix}{name}.weight" for name, _ in parts]
+        stored = [self.stored(name, rows) for name, (_, rows) in zip(names, parts, strict=True)]
+        if len(stored) == 1:
+            return stored[0]
+        first = [Span(rows.start, min(rows.start + 1, rows.stop)) for _, rows in parts]
+        cols = Span(0, stored[0].shape[1])
+        heads = [self._piece(name, row, cols) for name, row in zip(names, first, strict=True)]
+        return stored_below(stored, heads)
 
     def matrix(self, name: str, rows: Span | None = None, cols: Span | None = None) -> QuantizedMatrix:
         """Rows and columns of a matrix in the wanted precision."""
+        return self._counted(self._piece(name, *self._announced(name, rows, cols)))
+
+    def _announced(self, name: str, rows: Span | None, cols: Span | None) -> tuple[Span, Span]:
+        """What is read of the matrix. The disk begins with it, and with the same piece of the next layer's: what ranks read of
+        their layers is alike."""
         n, k = self._checkpoint.shape(name)
         rows, cols = rows or Span(0, n), cols or Span(0, k)
+        following = LAYER.sub(lambda found: f"layers.{int(found[1]) + 1}.", name, count=1)
+        for each in dict.fromkeys((name, following)):
+            if (each, rows, cols) not in self._told and self._checkpoint.has(each):
+                self._told.add((each, rows, cols))
+                if self._checkpoint.shape(each) == (n, k):
+                    self._checkpoint.will_read(each, rows, cols)
+        return rows, cols
+
+    def _piece(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
+        """As matrix; several threads may ask at once."""
+        k = self._checkpoint.shape(name)[1]
         stored = self._checkpoint.storage(name)
         wanted = self._precision.wanted(name, stored.format)
         rounded = wanted in ("int4", "int8") and wanted != stored.format
@@ -98,8 +137,12 @@ class ModelWeights:
         if outer != cols:
             matrix = regroup(matrix, gcd(matrix.group, cols.start, 0 if cols.stop == k else cols.stop))
             matrix = matrix.slice_cols(cols.start - outer.start, cols.stop - outer.start)
-        self._read += rows.size * cols.size
-        self._on_progress(min(self._read / self._total, 1.0))
+        return matrix
+
+    def _counted(self, matrix: QuantizedMatrix) -> QuantizedMatrix:
+        with self._lock:
+            self._read += prod(matrix.shape)
+            self._on_progress(min(self._read / self._total, 1.0))
         return matrix
 
     def _converted(self, name: str, rows: Span, cols: Span, wanted: str, group: int) -> QuantizedMatrix:

@@ -68,8 +68,9 @@ class RoundedSource:
     def vector(self, name: str, span: Span) -> NDArray[np.float32]:
         return self._source.vector(name, span)
 
-    def drop_pages(self) -> None:
-        self._source.drop_pages()
+    def will_read(self, name: str, rows: Span, cols: Span) -> None:
+        if name not in self.rounded:
+            self._source.will_read(name, rows, cols)
 
 
 class _Rounding:
@@ -98,7 +99,6 @@ class _Rounding:
         n, k = self.source.shape(tensor)
         values = self.source.matrix(tensor, Span(0, n), Span(0, k)).dequantize()
         self.source.rounded[tensor] = round_compensated(values, self._precision.group_for(k), moments)
-        self.source.drop_pages()
 
 
 def calibrated(path: Path, precision: Precision) -> Checkpoint:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.stored import StoredMatrix
 from flm.worker.checkpoints.checkpoint import Checkpoint
 from flm.worker.config import Span
 from flm.worker.files.safetensors_file import INDEX_NAME
 from flm.worker.files.safetensors_writer import SafetensorsWriter
-from flm.worker.packing.prepared import METHOD, PART_ENDINGS, parts_of
-from flm.worker.tensors.precision import Precision, convert, parse_quantization, row_pieces
-from flm.worker.tensors.tensor_source import stack_rows
+from flm.worker.packing.prepared import METHOD, PART_ENDINGS, write_weight
+from flm.worker.tensors.precision import Precision, convert, parse_quantization
 
 FILE_BYTES = 4 << 30  # of the source's tensors in one file
 Progress = Callable[[float], None]
@@ -53,7 +53,6 @@ def write_weights(
         with SafetensorsWriter(target / name, names) as writer:
             for tensor in group:
                 _write(writer, checkpoint, tensor, precision, columns)
-                checkpoint.drop_pages()
                 done += tensor.nbytes
                 on_progress(done / total)
             index |= dict.fromkeys(writer.tensors, name)
@@ -104,18 +103,20 @@ def _write(
             tensor.name, "F32", checkpoint.source.vector(tensor.name, Span(0, prod(shape))).reshape(shape)
         )
         return
-    matrix = read_matrix(checkpoint, tensor, precision.group_for(shape[1]))
-    parts, width = parts_of(tensor.name, matrix)
+    matrix = stored_matrix(checkpoint, tensor, precision.group_for(shape[1]))
+    width = write_weight(writer, tensor.name, matrix)
     if width is not None:
         columns[tensor.name] = width
-    for part in parts:
-        writer.add(*part)
 
 
-def read_matrix(checkpoint: Checkpoint, tensor: _Tensor, group: int) -> QuantizedMatrix:
-    """A whole matrix of the source in the tensor's format, a few rows at a time."""
+def stored_matrix(checkpoint: Checkpoint, tensor: _Tensor, group: int) -> StoredMatrix:
+    """A whole matrix of the source in the tensor's format."""
     n, k = checkpoint.source.shape(tensor.name)
-    read = lambda a, b: checkpoint.source.matrix(tensor.name, Span(a, b), Span(0, k))
-    if checkpoint.source.storage(tensor.name).format == tensor.format:
-        return read(0, n)
-    return stack_rows((convert(read(a, b), tensor.format, group) for a, b in row_pieces(n, k)), n)
+    checkpoint.source.will_read(tensor.name, Span(0, n), Span(0, k))
+
+    def read(start: int, stop: int) -> QuantizedMatrix:
+        return convert(
+            checkpoint.source.matrix(tensor.name, Span(start, stop), Span(0, k)), tensor.format, group
+        )
+
+    return StoredMatrix((n, k), read)

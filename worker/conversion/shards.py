@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.quant import QuantizedMatrix
 from flm.kernels.reference import ReferenceBackend
+from flm.kernels.stored import StoredMatrix
 from flm.worker.checkpoints.checkpoint import Checkpoint
 from flm.worker.checkpoints.cut_source import SHARDS_NAME, box_of, rank_file
 from flm.worker.checkpoints.weights import ModelWeights, shard_spec
@@ -24,7 +25,7 @@ from flm.worker.communication.comm import LocalCommunicator
 from flm.worker.config import ShardSpec, Span
 from flm.worker.execution.model import Decoder
 from flm.worker.files.safetensors_writer import SafetensorsWriter
-from flm.worker.packing.prepared import PART_ENDINGS, parts_of
+from flm.worker.packing.prepared import PART_ENDINGS, write_weight
 from flm.worker.tensors.precision import parse_quantization
 
 Progress = Callable[[float], None]
@@ -54,13 +55,18 @@ class _Recorded(ModelWeights):
         self.boxes: dict[str, tuple[int, ...]] = {}
         self.columns: dict[str, int] = {}
 
+    def stored(self, name: str, rows: Span | None = None, cols: Span | None = None) -> StoredMatrix:
+        return self._written(name, super().stored(name, rows, cols), rows, cols)
+
     def matrix(self, name: str, rows: Span | None = None, cols: Span | None = None) -> QuantizedMatrix:
-        n, k = self._checkpoint.shape(name)
         matrix = super().matrix(name, rows, cols)
+        self._written(name, StoredMatrix.of(matrix), rows, cols)
+        return matrix
+
+    def _written(self, name: str, matrix: StoredMatrix, rows: Span | None, cols: Span | None) -> StoredMatrix:
+        n, k = self._checkpoint.shape(name)
         if self._is_new(name, rows or Span(0, n), cols or Span(0, k)):
-            parts, width = parts_of(name, matrix)
-            for part in parts:
-                self._writer.add(*part)
+            width = write_weight(self._writer, name, matrix)
             if width is not None:
                 self.columns[name] = width
         return matrix

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.backend import Backend, KVCache, PackedMatrix
 from flm.kernels.latent_ops import LatentCache
-from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.stored import StoredMatrix
 from flm.worker.adapters.adapter import Adapter
 from flm.worker.canonical import EMBEDDING_NORM, SANDWICH_NORMS, layer_prefix
 from flm.worker.checkpoints.weights import ModelWeights
@@ -57,7 +57,7 @@ class Decoder:
         positions: int,
         max_tokens: int,
         max_rows: int,
-        pack: Callable[[QuantizedMatrix], PackedMatrix] | None = None,
+        pack: Callable[[StoredMatrix], PackedMatrix] | None = None,
         adapters: tuple[Adapter, ...] = (),
     ) -> None:
         """`positions`: of the longest sequence; `max_tokens`, `max_rows`: of a step, computed and sampled. Tokens name their
@@ -97,9 +97,7 @@ class Decoder:
         attention = self._attention(loading, prefix + "self_attn.", cache)
         feed_forward = self._feed_forward(loading, prefix + "mlp.", number, cache)
         outer = [Norm(loading, prefix + name, scale=1.0) for name in SANDWICH_NORMS if m.norm.sandwich]
-        layer = Layer(input_norm, attention, post_norm, feed_forward, (outer[0], outer[1]) if outer else None)
-        loading.weights.drop_pages()
-        return layer
+        return Layer(input_norm, attention, post_norm, feed_forward, (outer[0], outer[1]) if outer else None)
 
     def _attention(self, loading: Loading, prefix: str, cache: Any) -> Attention | LatentAttention | TimeMix:
         a = self.shard.model.attention

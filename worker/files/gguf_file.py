@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flm.kernels.gguf_blocks import BLOCK_TYPES, TYPE_NUMBERS
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.files.mapped_file import MappedFile
+from flm.worker.files.byte_file import ByteFile
 
 _SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
@@ -31,6 +31,8 @@ _OTHER_TYPES = {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ
                 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}  # fmt: skip
 _FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_DIMS = 4
+HEADER_READ = 1 << 20  # bytes at first; files with a vocabulary have more
+LARGEST_HEADER = 512 << 20
 _U64 = struct.Struct("<Q")
 
 
@@ -56,18 +58,15 @@ class _StringArray:
 
 
 class GGUFFile:
-    """One .gguf file, memory-mapped, or the first of several that hold one model (NAME-00001-of-0000N.gguf), whose tensors
+    """One .gguf file, or the first of several that hold one model (NAME-00001-of-0000N.gguf), whose tensors
     are then its own. Raises CheckpointError for anything that does not add up."""
 
     def __init__(self, path: Path, part: int = 1) -> None:
         self.path = path
-        self._file = MappedFile(path)
+        self._file = ByteFile(path)
         self._raw: dict[str, Any] = {}
-        self._at = 0
-        try:
-            self.tensors = self._parse()
-        except (struct.error, IndexError, OverflowError) as error:
-            raise self._truncated() from error  # a length near 2**64 leads to a place that no index can name
+        self._head, self._at = b"", 0
+        self.tensors = self._parse_as_much_as_needed()
         self._owners = self._other_parts(part)
 
     def __contains__(self, key: str) -> bool:
@@ -82,27 +81,26 @@ class GGUFFile:
         return [key for key in self._raw if key.startswith(prefix)]
 
     def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[np.uint8]:
-        """Bytes [rows, blocks, bytes per block] of a matrix (a vector has one row), as a view.
+        """Bytes [rows, blocks, bytes per block] of a matrix (a vector has one row), and only these are read.
 
         `cols` must begin and end on block borders, or end at the matrix' last column.
         """
         if name in self._owners:
             return self._owners[name].read(name, rows, cols)
         tensor = self.tensors[name]
-        blocks = tensor.shape[-1] // tensor.block
-        whole = self._file.bytes_at(tensor.offset, tensor.nbytes).reshape(-1, blocks, tensor.block_bytes)
-        rows, cols = rows or Span(0, len(whole)), cols or Span(0, tensor.shape[-1])
-        assert cols.start % tensor.block == 0 and cols.stop % tensor.block == 0
-        held = Span(cols.start // tensor.block, cols.stop // tensor.block)
-        first, length = held.start * tensor.block_bytes, held.size * tensor.block_bytes
-        row_bytes = blocks * tensor.block_bytes
-        self._file.will_read_rows(tensor.offset, row_bytes, first, length, range(rows.start, rows.stop))
-        return whole[rows.start : rows.stop, held.start : held.stop]
+        pieces = _pieces(tensor, rows, cols)
+        raw = self._file.rows_at(tensor.offset, *pieces)
+        return np.ascontiguousarray(raw).reshape(
+            len(pieces[3]), pieces[2] // tensor.block_bytes, tensor.block_bytes
+        )
 
-    def drop_pages(self) -> None:
-        self._file.drop_pages()
-        for other in set(self._owners.values()):
-            other.drop_pages()
+    def will_read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> None:
+        """Begin to read what read() is going to be asked for."""
+        if name in self._owners:
+            self._owners[name].will_read(name, rows, cols)
+            return
+        tensor = self.tensors[name]
+        self._file.will_read_rows(tensor.offset, *_pieces(tensor, rows, cols))
 
     def _other_parts(self, part: int) -> dict[str, GGUFFile]:
         """Tensor → file, of the other files of a split model; their tensors join this file's."""
@@ -134,8 +132,34 @@ class GGUFFile:
 
     # -------------------------------------------------------------------------------------- header
 
+    def _parse_as_much_as_needed(self) -> dict[str, GGUFTensor]:
+        """The header does not say how long it is."""
+        room = HEADER_READ
+        while True:
+            self._head = self._file.bytes_at(0, min(room, self._file.size)).tobytes()
+            self._raw, self._at = {}, 0
+            try:
+                tensors = self._parse()
+            except (struct.error, IndexError, OverflowError) as error:
+                # a length near 2**64 leads to a place that no index can name
+                if len(self._head) == self._file.size or room >= LARGEST_HEADER:
+                    raise self._truncated() from error
+                room *= 8
+                continue
+            self._head = self._head[: self._at]
+            return tensors
+
+    def _take(self, length: int) -> bytes:
+        """The next bytes of the header. IndexError where they have not been read."""
+        start, self._at = self._at, self._at + length
+        if self._at > self._file.size:
+            raise self._truncated()
+        if self._at > len(self._head):
+            raise IndexError
+        return self._head[start : self._at]
+
     def _parse(self) -> dict[str, GGUFTensor]:
-        magic = self._file.data[:4]
+        magic = self._head[:4]
         if magic != b"GGUF":
             raise self._fail(f"not a GGUF file: expected it to begin with b'GGUF', found {magic!r}")
         self._at = 4
@@ -153,16 +177,13 @@ class GGUFFile:
         return self._placed(infos)
 
     def _number(self, code: str) -> int:
-        (value,) = struct.unpack_from(code, self._file.data, self._at)
+        (value,) = struct.unpack_from(code, self._head, self._at)
         self._at += struct.calcsize(code)
         return int(value)
 
     def _string(self) -> str:
         length = self._number("<Q")
-        if self._at + length > self._file.size:
-            raise self._truncated()
-        raw = self._file.data[self._at : self._at + length]
-        self._at += length
+        raw = self._take(length)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -188,24 +209,22 @@ class GGUFFile:
     def _scalars(self, kind: int, count: int, key: str) -> NDArray[Any]:
         if kind not in _SCALARS:
             raise self._fail(f"metadata {key!r} has unknown value type {kind}; known: 0 to 12")
-        length = count * _SCALARS[kind].itemsize
-        if self._at + length > self._file.size:
-            raise self._truncated()
-        self._at += length
-        return self._file.bytes_at(self._at - length, length).view(_SCALARS[kind])
+        return np.frombuffer(self._take(count * _SCALARS[kind].itemsize), _SCALARS[kind])
 
     def _skip_strings(self, count: int) -> None:
         if self._at + count * 8 > self._file.size:
             raise self._truncated()
-        data, at, unpack = self._file.data, self._at, _U64.unpack_from
+        data, at, unpack = self._head, self._at, _U64.unpack_from
         for _ in range(count):
             at += 8 + unpack(data, at)[0]
         if at > self._file.size:
             raise self._truncated()
+        if at > len(data):
+            raise IndexError
         self._at = at
 
     def _strings(self, key: str, array: _StringArray) -> Iterator[str]:
-        data, at, unpack = self._file.data, array.start, _U64.unpack_from
+        data, at, unpack = self._head, array.start, _U64.unpack_from
         try:
             for _ in range(array.count):
                 (length,) = unpack(data, at)
@@ -259,3 +278,17 @@ class GGUFFile:
                 f"truncated: tensor {name!r} ends at byte {offset + nbytes}, the file has {self._file.size} bytes"
             )
         return GGUFTensor(kind, shape, block, size, offset, nbytes)
+
+
+def _pieces(tensor: GGUFTensor, rows: Span | None, cols: Span | None) -> tuple[int, int, int, range]:
+    """What ByteFile.rows_at takes: bytes of a row, the first of them, how many of them, which rows."""
+    blocks = tensor.shape[-1] // tensor.block
+    count, cols = prod(tensor.shape[:-1]), cols or Span(0, tensor.shape[-1])
+    assert cols.start % tensor.block == 0 and cols.stop % tensor.block == 0
+    held = Span(cols.start // tensor.block, cols.stop // tensor.block).scaled(tensor.block_bytes)
+    return (
+        blocks * tensor.block_bytes,
+        held.start,
+        held.size,
+        range(rows.start, rows.stop) if rows else range(count),
+    )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.files.mapped_file import MappedFile
+from flm.worker.files.byte_file import ByteFile
 from flm.worker.files.safetensors_file import DTYPES, TensorEntry
 
 MAX_PICKLE_BYTES = 256 << 20
@@ -109,7 +109,7 @@ class PickleFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = MappedFile(path)
+        self._file = ByteFile(path)
         if not zipfile.is_zipfile(path):
             raise self._fail(
                 "is no zip archive, as torch.save writes since PyTorch 1.6; load it with an older torch and save it again"
@@ -159,20 +159,21 @@ class PickleFile:
         return TensorEntry(stored.dtype, view.shape, start, prod(view.shape) * width)
 
     def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[Any]:
-        """A view of the tensor, or of its rows and columns; bfloat16 as its bits."""
+        """The tensor, or its rows and columns; bfloat16 as its bits."""
         view, entry = self._views[name], self.tensors[name]
-        dtype = DTYPES[entry.dtype]
-        flat = self._file.bytes_at(entry.offset, view.stored.count * dtype.itemsize).view(dtype)[
-            view.offset :
-        ]
-        steps = tuple(step * dtype.itemsize for step in view.strides)
-        whole = np.lib.stride_tricks.as_strided(flat, view.shape, steps, writeable=False)
+        dtype, shape, first = DTYPES[entry.dtype], view.shape, view.offset
         if rows is not None:
-            whole = whole[rows.start : rows.stop]
+            shape, first = (rows.size, *shape[1:]), first + rows.start * view.strides[0]
+        reach = sum((length - 1) * step for length, step in zip(shape, view.strides, strict=True)) + 1
+        count = reach if prod(shape) else 0
+        flat = self._file.bytes_at(entry.offset + first * dtype.itemsize, count * dtype.itemsize).view(dtype)
+        steps = tuple(step * dtype.itemsize for step in view.strides)
+        whole = np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
         return whole if cols is None else whole[:, cols.start : cols.stop]
 
-    def drop_pages(self) -> None:
-        self._file.drop_pages()
+    def will_read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> None:
+        """Begin to read the whole tensor."""
+        self._file.will_read(self.tensors[name].offset, self.tensors[name].nbytes)
 
     def _fail(self, message: str) -> CheckpointError:
         return CheckpointError(str(self.path), message)

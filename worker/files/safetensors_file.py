@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.files.mapped_file import MappedFile
+from flm.worker.files.byte_file import ByteFile
 
 INDEX_NAME = "model.safetensors.index.json"
-READ_AHEAD = 64 << 20
-ENOUGH_TO_GO_ON = 3  # whole matrices in a row; a rank among others meets few
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_DIMS = 32  # NumPy's
 
@@ -50,53 +48,48 @@ class TensorFile(Protocol):
     tensors: dict[str, TensorEntry]
 
     def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[Any]: ...
-    def drop_pages(self) -> None: ...
+    def will_read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> None: ...
 
 
 class SafetensorsFile:
-    """One .safetensors file, memory-mapped. Raises CheckpointError for anything that does not add up."""
+    """One .safetensors file. Raises CheckpointError for anything that does not add up."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = MappedFile(path)
+        self._file = ByteFile(path)
         self.tensors = self._parse()
-        self._whole_matrices, self._told_of = 0, 0
 
     def read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> NDArray[Any]:
-        """A view of the tensor, or of its `rows` (first axis) and `cols` (second axis): only its pages are read.
+        """The tensor, or its `rows` (first axis) and `cols` (second axis): only these are read.
 
         bfloat16 and float8 come as their bits (uint16, uint8). The caller keeps spans within the shape.
         """
         entry = self.tensors[name]
-        whole = self._file.bytes_at(entry.offset, entry.nbytes).view(DTYPES[entry.dtype]).reshape(entry.shape)
+        dtype = DTYPES[entry.dtype]
         if rows is None and cols is None:
-            self._file.will_read(entry.offset, entry.nbytes)
-            return whole
-        rows = rows or Span(0, entry.shape[0])
-        self._read_ahead(entry, rows, cols)
-        first, last = (
-            (0, whole[0].nbytes)
-            if cols is None
-            else (cols.start * whole.itemsize, cols.stop * whole.itemsize)
-        )
-        row_bytes = entry.nbytes // max(entry.shape[0], 1)
-        self._file.will_read_rows(entry.offset, row_bytes, first, last - first, range(rows.start, rows.stop))
-        whole = whole[rows.start : rows.stop]
-        return whole if cols is None else whole[:, cols.start : cols.stop]
+            return self._file.bytes_at(entry.offset, entry.nbytes).view(dtype).reshape(entry.shape)
+        pieces = self._pieces(entry, rows, cols)
+        raw = np.ascontiguousarray(self._file.rows_at(entry.offset, *pieces)).reshape(-1).view(dtype)
+        width = entry.shape[1:] if cols is None else (cols.size, *entry.shape[2:])
+        return raw.reshape(len(pieces[3]), *width)
 
-    def _read_ahead(self, entry: TensorEntry, rows: Span, cols: Span | None) -> None:
-        """A rank that reads one whole matrix after another will want what follows: the disk works on it meanwhile."""
-        whole = rows.size == entry.shape[0] and (cols is None or cols.size == entry.shape[1])
-        self._whole_matrices = self._whole_matrices + 1 if whole else 0
-        if self._whole_matrices >= ENOUGH_TO_GO_ON:
-            end = entry.offset + entry.nbytes
-            start = self._told_of if end < self._told_of < end + READ_AHEAD else end
-            self._told_of = min(end + READ_AHEAD, self._file.size)
-            arguments = (start, max(self._told_of - start, 0))
-            self._file.will_read(*arguments)
+    def will_read(self, name: str, rows: Span | None = None, cols: Span | None = None) -> None:
+        """Begin to read what read() is going to be asked for."""
+        entry = self.tensors[name]
+        if entry.shape:
+            self._file.will_read_rows(entry.offset, *self._pieces(entry, rows, cols))
 
-    def drop_pages(self) -> None:
-        self._file.drop_pages()
+    def _pieces(
+        self, entry: TensorEntry, rows: Span | None, cols: Span | None
+    ) -> tuple[int, int, int, range]:
+        """What ByteFile.rows_at takes: bytes of a row, the first of them, how many of them, which rows."""
+        count = entry.shape[0]
+        row_bytes = entry.nbytes // max(count, 1)
+        first, length = 0, row_bytes
+        if cols is not None:
+            each = row_bytes // max(entry.shape[1], 1)
+            first, length = cols.start * each, cols.size * each
+        return row_bytes, first, length, range(rows.start, rows.stop) if rows else range(count)
 
     def _fail(self, message: str) -> CheckpointError:
         return CheckpointError(str(self.path), message)
@@ -105,7 +98,7 @@ class SafetensorsFile:
         size = self._file.size
         if size < 8:
             raise self._fail(f"truncated: expected at least 8 bytes, found {size}")
-        length = int.from_bytes(self._file.data[:8], "little")
+        length = int.from_bytes(self._file.bytes_at(0, 8).tobytes(), "little")
         if length > MAX_HEADER_BYTES:
             raise self._fail(
                 f"not a safetensors file: a header of {length} bytes, at most {MAX_HEADER_BYTES} expected"
@@ -113,7 +106,7 @@ class SafetensorsFile:
         if 8 + length > size:
             raise self._fail(f"truncated in the header: expected at least {8 + length} bytes, found {size}")
         try:
-            header = json.loads(self._file.data[8 : 8 + length].decode("utf-8"))
+            header = json.loads(self._file.bytes_at(8, length).tobytes().decode("utf-8"))
         except ValueError as error:
             raise self._fail(f"the header is not JSON: {error}") from error
         except RecursionError as error:

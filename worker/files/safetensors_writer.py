@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,15 +39,20 @@ class SafetensorsWriter:
 
     def add(self, name: str, dtype: str, values: NDArray[Any]) -> None:
         """Append a tensor under safetensors' name of its dtype; bfloat16 and float8 come as their bits."""
+        self.add_rows(name, dtype, [values])
+
+    def add_rows(self, name: str, dtype: str, pieces: Iterable[NDArray[Any]]) -> None:
+        """As add, of at least one piece of a tensor after the other."""
         assert name not in self._header, name
-        flat = np.ascontiguousarray(values)
-        self._header[name] = {
-            "dtype": dtype,
-            "shape": list(values.shape),
-            "data_offsets": [self._at, self._at + flat.nbytes],
-        }
-        self._file.write(flat.reshape(-1).view(np.uint8).data)
-        self._at += flat.nbytes
+        start, rows, shape = self._at, 0, tuple[int, ...]()
+        for piece in pieces:
+            flat = np.ascontiguousarray(piece)
+            self._file.write(flat.reshape(-1).view(np.uint8).data)
+            self._at += flat.nbytes
+            shape = piece.shape
+            rows += shape[0] if shape else 0
+        whole = [rows, *shape[1:]] if shape else []
+        self._header[name] = {"dtype": dtype, "shape": whole, "data_offsets": [start, self._at]}
 
     def __enter__(self) -> Self:
         return self

@@ -44,9 +44,9 @@ class Attention:
         self._ops: Backend = loading.backend
         self._rotary, self.cache, self._scale = rotary, cache, a.scale
         parts = [("q_proj", s.q_rows), ("k_proj", s.kv_rows), ("v_proj", s.kv_rows)]
-        self.qkv = loading.pack(w.fused(prefix, parts))
+        self.qkv = loading.pack(w.stored_below(prefix, parts))
         self.qkv_bias = loading.vector(w.fused_bias(prefix, parts))
-        self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, s.value_cols))
+        self.output = loading.pack(w.stored(prefix + "o_proj.weight", None, s.value_cols))
         self.output_bias = loading.vector(w.bias_once(prefix + "o_proj.bias"))
         self._adapted_qkv = Adapted(loading, prefix, parts)
         self._adapted_output = Adapted(loading, prefix, [("o_proj", s.value_cols)])

@@ -34,7 +34,7 @@ class Experts:
         assert config is not None, "a layer without experts"
         self._backend: Backend = loading.backend
         self._ops, self._config = expert_ops(loading.backend), config
-        self.router = loading.pack(w.matrix(prefix + "gate.weight"))
+        self.router = loading.pack(w.stored(prefix + "gate.weight"))
         self.bias = loading.vector(w.vector_or_none(prefix + "gate.correction_bias"))
         matrices = _matrices(loading, prefix)
         first, shared = next(matrices), _shared(loading, prefix) if self._ops.merges_shared else []
@@ -43,7 +43,7 @@ class Experts:
         self.experts = self._ops.pack_experts(chain([first], matrices, shared), shard.experts.start)
         apart = config.shared and not shared
         self.shared = FeedForward(loading, prefix + "shared.", shard.shared_width) if apart else None
-        self.gate = loading.pack(w.matrix(prefix + "shared_gate.weight")) if config.shared_gate else None
+        self.gate = loading.pack(w.stored(prefix + "shared_gate.weight")) if config.shared_gate else None
         self.counts_N = loading.backend.asarray(np.zeros(config.count, np.int64))
         array, routing = loading.workspace.array, config.routing
         self._logits_TN, self._gate_T1 = (
@@ -90,7 +90,6 @@ def _matrices(loading: Loading, prefix: str) -> Iterator[Pair]:
     shard = loading.shard
     for expert in range(shard.experts.start, shard.experts.stop):
         yield _pair(loading, f"{prefix}experts.{expert}.", shard.expert_width)
-        loading.weights.drop_pages()
 
 
 def _pair(loading: Loading, prefix: str, span: Span) -> Pair:

@@ -28,9 +28,9 @@ class FeedForward:
         if not self._gated and not isinstance(loading.backend, ClassicOps):
             raise BackendUnavailable("this device has no kernels for GELU")
         parts = [(name, span) for name in (("gate_proj", "up_proj") if self._gated else ("up_proj",))]
-        self.gate_up = loading.pack(w.fused(prefix, parts))
+        self.gate_up = loading.pack(w.stored_below(prefix, parts))
         self.gate_up_bias = loading.vector(w.fused_bias(prefix, parts))
-        self.down = loading.pack(w.matrix(prefix + "down_proj.weight", None, span))
+        self.down = loading.pack(w.stored(prefix + "down_proj.weight", None, span))
         self.down_bias = loading.vector(w.bias_once(prefix + "down_proj.bias"))
         self._adapted_gate_up = Adapted(loading, prefix, parts)
         self._adapted_down = Adapted(loading, prefix, [("down_proj", span)])

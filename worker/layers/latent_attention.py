@@ -37,10 +37,10 @@ class LatentAttention:
         self._backend: Backend = loading.backend
         self._ops, self._config = latent_ops(loading.backend), c
         self._rotary, self.cache, self._scale = rotary, cache, a.scale
-        self.query_a = loading.pack(w.matrix(prefix + "q_a_proj.weight")) if c.query_rank else None
+        self.query_a = loading.pack(w.stored(prefix + "q_a_proj.weight")) if c.query_rank else None
         self.query_norm = loading.vector(w.vector_or_none(prefix + "q_a_layernorm.weight"))
-        self.query = loading.pack(w.matrix(prefix + "q_proj.weight", shard.q_rows))
-        self.latent = loading.pack(w.matrix(prefix + "kv_a_proj.weight"))
+        self.query = loading.pack(w.stored(prefix + "q_proj.weight", shard.q_rows))
+        self.latent = loading.pack(w.stored(prefix + "kv_a_proj.weight"))
         self.latent_norm = loading.vector(w.vector(prefix + "kv_a_layernorm.weight"))
         if c.turned_keys:
             key = w.matrix(prefix + "k_b_proj.weight", shard.heads.scaled(c.rank))
@@ -50,7 +50,7 @@ class LatentAttention:
             both = w.matrix(prefix + "kv_b_proj.weight", shard.heads.scaled(c.plain + c.value))
             parts = _keys(both, c, heads), _values(both, c, heads)
         self.key, self.value = (self._ops.pack_heads(part) for part in parts)
-        self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, shard.value_cols))
+        self.output = loading.pack(w.stored(prefix + "o_proj.weight", None, shard.value_cols))
         self._adapted = {
             name: Adapted(loading, prefix, [(name, span)])
             for name, span in (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flm.kernels.backend import Backend, PackedMatrix
-from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.stored import StoredMatrix
 from flm.worker.adapters.adapter import Adapter
 from flm.worker.checkpoints.weights import ModelWeights
 from flm.worker.config import ShardSpec
@@ -42,7 +42,7 @@ class Loading:
     weights: ModelWeights
     backend: Backend
     workspace: Workspace
-    pack: Callable[[QuantizedMatrix], PackedMatrix]
+    pack: Callable[[StoredMatrix], PackedMatrix]
     adapters: tuple[Adapter, ...] = ()
 
     @property

@@ -47,8 +47,8 @@ class TimeMix:
     def __init__(self, loading: Loading, prefix: str, state: RecurrentState) -> None:
         w, rows = loading.weights, loading.shard.q_rows
         self._backend, self._ops, self._state = loading.backend, recurrent_ops(loading.backend), state
-        self.inputs = [loading.pack(w.matrix(f"{prefix}{name}_proj.weight", rows)) for name in "rkv"]
-        self.output = loading.pack(w.matrix(prefix + "o_proj.weight", None, rows))
+        self.inputs = [loading.pack(w.stored(f"{prefix}{name}_proj.weight", rows)) for name in "rkv"]
+        self.output = loading.pack(w.stored(prefix + "o_proj.weight", None, rows))
         self.mix_ME = loading.vector(np.stack([w.vector(f"{prefix}mix_{name}") for name in "rkv"]))
         self.decay_C = loading.vector(-np.exp(w.vector(prefix + "decay", rows)))
         self.bonus_C = loading.vector(w.vector(prefix + "bonus", rows))
@@ -85,9 +85,9 @@ class ChannelMix:
     def __init__(self, loading: Loading, prefix: str, state: RecurrentState) -> None:
         w, span = loading.weights, loading.shard.intermediate
         self._backend, self._ops, self._state = loading.backend, recurrent_ops(loading.backend), state
-        self.gate = loading.pack(w.matrix(prefix + "r_proj.weight"))
-        self.up = loading.pack(w.matrix(prefix + "up_proj.weight", span))
-        self.down = loading.pack(w.matrix(prefix + "down_proj.weight", None, span))
+        self.gate = loading.pack(w.stored(prefix + "r_proj.weight"))
+        self.up = loading.pack(w.stored(prefix + "up_proj.weight", span))
+        self.down = loading.pack(w.stored(prefix + "down_proj.weight", None, span))
         self.mix_ME = loading.vector(np.stack([w.vector(f"{prefix}mix_{name}") for name in "rk"]))
         array, hidden = loading.workspace.array, loading.shard.model.hidden
         self._mixed_TX, self._gate_TE = array("channel mixed", 2 * hidden), array("channel gate", hidden)

@@ -51,6 +51,10 @@ class Module:
         self.entry(part)
         return self.tensors[self.stem + part].read(self.stem + part, rows, cols)
 
+    def will_read(self, part: str) -> None:
+        """Begin to read all of the part."""
+        self.tensors[self.stem + part].will_read(self.stem + part)
+
     def scales(self, part: str, rows: Span | None = None, cols: Span | None = None) -> Array:
         """Scales: float16 as they are, bfloat16 and float32 as float32."""
         kind, values = self.entry(part).dtype, self.read(part, rows, cols)

@@ -6,19 +6,24 @@ weight [N, bytes of a row's codes]: U8 int4, I8 int8, F8_E4M3 fp8. weight_scale 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.quant import QuantizedMatrix
+from flm.kernels.quant import QuantizedMatrix, concat_rows
+from flm.kernels.stored import StoredMatrix
 from flm.worker.config import Span
+from flm.worker.files.safetensors_writer import SafetensorsWriter
 from flm.worker.packing.module import Module
 from flm.worker.tensors.tensor_source import Storage
 
 METHOD = "flm"
 PART_ENDINGS = ("", "_scale", "_offset", "_gather")  # of a weight's tensors, after its name
+ROWS = 64  # pieces that are written begin at multiples of these
 FORMATS = {"U8": "int4", "I8": "int8", "F8_E4M3": "fp8"}
 DTYPES = {
     "int4": "U8",
@@ -90,15 +95,25 @@ class Prepared:
         return self._codes(module) // module.shape("weight_scale")[1]
 
 
-def parts_of(name: str, matrix: QuantizedMatrix) -> tuple[list[tuple[str, str, NDArray[Any]]], int | None]:
-    """What to write for the weight with this name: (tensor, dtype, values) each, and K where `columns` must say it."""
-    parts = [(name, DTYPES[matrix.format], matrix.codes)]
-    if matrix.scales is None:
-        return parts, None
-    for ending, values in (("_scale", matrix.scales), ("_offset", matrix.offsets)):
+def write_weight(writer: SafetensorsWriter, name: str, matrix: StoredMatrix) -> int | None:
+    """Write the weight with this name, a few rows at a time; K where `columns` must say it."""
+    kept: list[QuantizedMatrix] = []
+    pieces = matrix.pieces(ROWS, lambda first, rows: rows)
+    first = next(pieces)
+
+    def codes() -> Iterator[NDArray[Any]]:
+        for piece in chain([first], pieces):
+            kept.append(replace(piece, codes=piece.codes[:0]))
+            yield piece.codes
+
+    writer.add_rows(name, DTYPES[first.format], codes())
+    if first.scales is None:
+        return None
+    rest = kept[0] if len(kept) == 1 else concat_rows(kept)
+    for ending, values in (("_scale", rest.scales), ("_offset", rest.offsets)):
         if values is not None:
-            parts.append((name + ending, _SCALE_DTYPES[values.dtype], values))
-    if matrix.gather is not None:
-        parts.append((name + "_gather", "I32", matrix.gather))
-    codes = matrix.codes.shape[1] * (2 if matrix.format == "int4" else 1)
-    return parts, None if codes == matrix.shape[1] and matrix.gather is None else matrix.shape[1]
+            writer.add(name + ending, _SCALE_DTYPES[values.dtype], values)
+    if rest.gather is not None:
+        writer.add(name + "_gather", "I32", rest.gather)
+    width = first.codes.shape[1] * (2 if first.format == "int4" else 1)
+    return None if width == matrix.shape[1] and rest.gather is None else matrix.shape[1]

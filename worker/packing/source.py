@@ -17,6 +17,7 @@ from flm.worker.packing.module import Module, Packing
 from flm.worker.tensors.precision import fuse, row_pieces
 from flm.worker.tensors.tensor_source import SafetensorsSource, Storage
 
+AT_ONCE = 1 << 22  # weights: where rows of the file are inputs, its pieces are a few kilobytes long
 ROWS_APART = 64  # pieces begin at rows that every packing's words begin at
 
 
@@ -61,7 +62,17 @@ class PackedSource(SafetensorsSource):
             return super().matrix(name, rows, cols)
         module, step = self._modules[name], ROWS_APART
         pieces = []
-        for start, stop in row_pieces(-(-rows.size // step), cols.size * step):
+        for start, stop in row_pieces(-(-rows.size // step), cols.size * step, AT_ONCE):
             piece = Span(rows.start + start * step, min(rows.start + stop * step, rows.stop))
             pieces.append(self._packing.matrix(module, piece, cols))
         return pieces[0] if len(pieces) == 1 else fuse(pieces)
+
+    def will_read(self, name: str, rows: Span, cols: Span) -> None:
+        """All parts of a quantised layer: other ranks of this machine want the rest, and the disk reads each page once."""
+        if name not in self._modules:
+            super().will_read(name, rows, cols)
+            return
+        module = self._modules[name]
+        for part in self._packing.parts:
+            if module.has(part):
+                module.will_read(part)

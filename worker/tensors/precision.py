@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flm.kernels.quant import QuantizedMatrix, concat_rows, from_float, quantize, same_order
+from flm.kernels.stored import StoredMatrix, stacked_below
 from flm.worker.canonical import EXACT, VOCABULARY
 from flm.worker.errors import ConfigError
 
@@ -102,12 +103,27 @@ def fuse(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     return concat_rows([regroup(p, smallest) for p in parts])
 
 
+def stored_below(parts: Sequence[StoredMatrix], heads: Sequence[QuantizedMatrix]) -> StoredMatrix:
+    """As fuse, of matrices that are still stored; heads: a row of each. Those that are not stored alike are read whole at once."""
+    if len({head.format for head in heads}) > 1 or not all(same_order(heads[0], head) for head in heads):
+        return StoredMatrix.of(fuse([part.whole() for part in parts]))
+    smallest = min(head.group for head in heads)
+    if any(head.group != smallest for head in heads):
+        parts = [_regrouped(part, smallest) for part in parts]
+    return stacked_below(parts)
+
+
+def _regrouped(part: StoredMatrix, group: int) -> StoredMatrix:
+    return StoredMatrix(part.shape, lambda start, stop: regroup(part.read(start, stop), group))
+
+
 def _as_int8(matrix: QuantizedMatrix) -> QuantizedMatrix:
     return replace(matrix, format="int8", codes=matrix.unpacked())
 
 
-def row_pieces(rows: int, cols: int, weights: int = 1 << 23) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about `weights` weights each, so that float temporaries stay small."""
+def row_pieces(rows: int, cols: int, weights: int = 1 << 18) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about `weights` weights each, so that float temporaries stay in the cache. Larger ones come from the
+    system anew each time, which takes as long as the arithmetic."""
     step = max(weights // max(cols, 1), 1)
     for start in range(0, rows, step):
         yield start, min(start + step, rows)

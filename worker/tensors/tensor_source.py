@@ -20,7 +20,7 @@ from flm.worker.files.gguf_file import GGUFFile
 from flm.worker.files.safetensors_file import TensorFile
 
 _FORMATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_DECODE_WEIGHTS = 1 << 23  # weights decoded at once: bounds the temporaries of a large matrix
+_DECODE_WEIGHTS = 1 << 18  # at once: temporaries stay in the cache, and the next piece uses them again
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,8 @@ class SafetensorsSource:
             )
         )
 
-    def drop_pages(self) -> None:
-        for file in set(self._tensors.values()):
-            file.drop_pages()
+    def will_read(self, name: str, rows: Span, cols: Span) -> None:
+        self._tensors[name].will_read(name, rows, cols)
 
 
 class GGUFSource:
@@ -113,9 +112,7 @@ class GGUFSource:
         return Storage.of_groups(tensor.type, format, kind.group, tensor.nbytes, kind.scale_bits / kind.group)
 
     def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
-        tensor = self._file.tensors[name]
-        # whole blocks around the columns: a block of the k-quants holds several groups
-        around = Span(cols.start // tensor.block * tensor.block, -(-cols.stop // tensor.block) * tensor.block)
+        tensor, around = self._file.tensors[name], self._whole_blocks(name, cols)
         raw = self._file.read(name, rows, around)
         try:
             matrix = _decode(raw, tensor.type, (rows.size, around.size))
@@ -130,8 +127,13 @@ class GGUFSource:
         whole = from_gguf_blocks(self._file.read(name), tensor.type, (1, tensor.shape[0])).dequantize()[0]
         return whole[span.start : span.stop].copy()
 
-    def drop_pages(self) -> None:
-        self._file.drop_pages()
+    def will_read(self, name: str, rows: Span, cols: Span) -> None:
+        self._file.will_read(name, rows, self._whole_blocks(name, cols))
+
+    def _whole_blocks(self, name: str, cols: Span) -> Span:
+        """Whole blocks around the columns: a block of the k-quants holds several groups."""
+        block = self._file.tensors[name].block
+        return Span(cols.start // block * block, -(-cols.stop // block) * block)
 
 
 def _decode(raw: NDArray[np.uint8], type: str, shape: tuple[int, int]) -> QuantizedMatrix:

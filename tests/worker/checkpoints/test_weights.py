@@ -64,9 +64,9 @@ def test_all_ranks_together_hold_the_checkpoint(name: str, tp: int) -> None:
         module = "mlp" if short in ("gate", "up", "down") else "self_attn"
         np.testing.assert_array_equal(values, tensors[f"model.layers.1.{module}.{short}_proj.weight"])
     ranks = shards(checkpoint, tp)
-    embedding = np.concatenate([w.embedding.dequantize() for w in ranks])
+    embedding = np.concatenate([w.embedding.whole().dequantize() for w in ranks])
     np.testing.assert_array_equal(embedding, tensors["model.embed_tokens.weight"])
-    head = np.concatenate([w.lm_head.dequantize() for w in ranks if w.lm_head is not None])
+    head = np.concatenate([w.lm_head.whole().dequantize() for w in ranks if w.lm_head is not None])
     np.testing.assert_array_equal(head, tensors["lm_head.weight"])
     np.testing.assert_array_equal(ranks[-1].vector("model.norm.weight"), tensors["model.norm.weight"])
 
@@ -114,7 +114,7 @@ def test_conversions_do_not_depend_on_the_number_of_ranks(name: str, quantizatio
 def test_int4_keeps_the_vocabulary_in_int8() -> None:
     (weights,) = shards(open_checkpoint(GOLDEN / "llama2"), 1, "int4")
     assert weights.lm_head is not None
-    assert (weights.embedding.format, weights.lm_head.format) == ("int8", "int8")
+    assert (weights.embedding.whole().format, weights.lm_head.whole().format) == ("int8", "int8")
     layer = layer_of(weights, 0)
     assert {m.format for m in (layer.qkv, layer.output, layer.gate_up, layer.down)} == {"int4"}
 
@@ -130,7 +130,7 @@ def test_the_demo_model_is_cut_without_rounding(tp: int) -> None:
     for weights in shards(checkpoint, tp):
         layer = layer_of(weights, 0)
         assert weights.lm_head is None
-        assert weights.embedding.format == "int8"
+        assert weights.embedding.whole().format == "int8"
         assert {m.format for m in (layer.qkv, layer.output, layer.gate_up, layer.down)} == {"int4"}
 
 
@@ -162,7 +162,7 @@ def test_progress_grows_to_one_and_pages_go() -> None:
             seen: list[float] = []
             spec = shard_spec(checkpoint, tp, rank, "auto")
             weights = load_weights(checkpoint, spec, "auto", seen.append)
-            kept = [weights.embedding, weights.lm_head]
+            kept = [weights.embedding.whole(), weights.lm_head.whole()]
             kept += [layer_of(weights, i).qkv for i in range(checkpoint.config.layers)]
             assert seen == sorted(seen)
             assert seen[-1] == pytest.approx(1.0)

@@ -34,7 +34,6 @@ def test_tensors_come_as_they_were_saved(tmp_path: Path) -> None:
         np.testing.assert_array_equal(file.read(name), values)
         assert file.tensors[name].nbytes == values.nbytes
     np.testing.assert_array_equal(file.read("a", Span(1, 3), Span(2, 7)), saved["a"][1:3, 2:7])
-    file.drop_pages()
 
 
 def test_views_of_a_shared_storage(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import packers
 import pytest
 from packed_layers import LAYERS, open_layer
 
+from flm.kernels.stored import StoredMatrix
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
-from flm.worker.packing.prepared import METHOD, parts_of
+from flm.worker.files.safetensors_file import SafetensorsFile
+from flm.worker.files.safetensors_writer import SafetensorsWriter
+from flm.worker.packing.prepared import METHOD, write_weight
 
 NAMES = (
     "gptq desc_act",
@@ -26,14 +29,18 @@ NAMES = (
 )
 
 
+PREPARED = ["m.weight", "m.weight_scale", "m.weight_offset", "m.weight_gather"]
+
+
 def prepared(tmp_path: Path) -> tuple[packers.Layer, dict[str, Any]]:
     """What `flm-cluster convert` writes of a weight whose inputs are gathered."""
     layer, config = LAYERS["gptq desc_act"]
     n, k = layer[1].shape
-    parts, columns = parts_of(
-        "m.weight", open_layer(tmp_path, layer, config).matrix("m.weight", Span(0, n), Span(0, k))
-    )
-    tensors = {name.removeprefix("m."): np.ascontiguousarray(values) for name, _, values in parts}
+    matrix = open_layer(tmp_path, layer, config).matrix("m.weight", Span(0, n), Span(0, k))
+    with SafetensorsWriter(tmp_path / "prepared.safetensors", PREPARED) as writer:
+        columns = write_weight(writer, "m.weight", StoredMatrix.of(matrix))
+    written = SafetensorsFile(tmp_path / "prepared.safetensors")
+    tensors = {name.removeprefix("m."): written.read(name) for name in written.tensors}
     assert columns == k
     return (tensors, layer[1]), {
         "quantization_config": {"quant_method": METHOD, "columns": {"m.weight": columns}}

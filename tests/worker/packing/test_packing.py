@@ -50,7 +50,7 @@ def test_large_matrices_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     source = open_layer(tmp_path, layer, gptq_config(8))
     whole = source.matrix("m.weight", Span(3, 397), Span(0, 64)).dequantize()
     monkeypatch.setattr(
-        "flm.worker.packing.source.row_pieces", lambda rows, cols: [(i, i + 1) for i in range(rows)]
+        "flm.worker.packing.source.row_pieces", lambda rows, cols, _: [(i, i + 1) for i in range(rows)]
     )
     np.testing.assert_array_equal(source.matrix("m.weight", Span(3, 397), Span(0, 64)).dequantize(), whole)
     np.testing.assert_array_equal(whole[197:], layer[1][200:397])

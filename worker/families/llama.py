@@ -62,7 +62,15 @@ def _internlm3(fields: Fields) -> ModelConfig:
 
 
 def _internlm(fields: Fields) -> ModelConfig:
+    """Later revisions have the rotation in a field of their own, `rotary`."""
     bias = fields.flag("bias", False)
+    own = fields.section("rotary")
+    if own is not None:
+        factor = own.number("scaling_factor", 1.0)
+        plain = own.get("type") in (None, "origin") or (own.get("type"), factor) == ("dynamic", 1)
+        kind = "default" if plain else own.get("type")
+        same = {"rope_type": kind, "rope_theta": own.get("base"), "factor": factor}
+        fields = Fields(fields.file, fields.raw | {"rope_parameters": same})
     return read(fields, "internlm", qkv_bias=bias, output_bias=bias)
 
 

@@ -12,6 +12,7 @@ from flm.worker.vocabularies.base import Vocabulary
 from flm.worker.vocabularies.config import TokenizerConfig, read_config
 from flm.worker.vocabularies.tokenizer import Tokenizer
 
+LEAST_USED = 0.75  # of an embedding's rows; published models pad theirs by a few in a hundred
 MAX_TOKENS = 1 << 24  # far beyond any vocabulary's, far below what a damaged number can ask for
 EXPECTED = "tokenizer.json, tokenizer.model, qwen.tiktoken, ice_text.model, or vocab.json with merges.txt"
 
@@ -42,8 +43,9 @@ def _load(path: Path) -> Tokenizer:
 
 
 def checked(tokenizer: Tokenizer, rows: int, file: str) -> Tokenizer:
-    """The tokenizer of a model whose embedding has `rows` rows. CheckpointError where it has ids beyond them, but
-    for those of marks that some models lack though their tokenizer has them: texts that spell these are refused."""
+    """The tokenizer of a model whose embedding has `rows` rows. CheckpointError where it has far fewer tokens, or ids
+    beyond them, but for those of marks that some models lack though their tokenizer has them: texts that spell these are
+    refused."""
     if tokenizer.vocab_size > MAX_TOKENS:
         raise CheckpointError(
             file, f"its tokenizer has ids up to {tokenizer.vocab_size - 1}; below {MAX_TOKENS} expected"
@@ -55,6 +57,12 @@ def checked(tokenizer: Tokenizer, rows: int, file: str) -> Tokenizer:
             file,
             f"its tokenizer has {tokenizer.vocab_size} tokens and its embedding {rows} rows; expected a row for every "
             f"token, the first without is {wrong[0]!r}",
+        )
+    if tokenizer.vocab_size < LEAST_USED * rows:
+        raise CheckpointError(
+            file,
+            f"its tokenizer has {tokenizer.vocab_size} tokens and its embedding {rows} rows; a token for nearly every row "
+            "expected: the tokenizer is another model's",
         )
     return replace(tokenizer, rows=rows)
 

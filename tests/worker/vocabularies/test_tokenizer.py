@@ -204,6 +204,9 @@ def test_tokens_without_a_row_in_the_embedding(tmp_path: Path) -> None:
         CheckpointError, match=r"m: its tokenizer has 6 tokens and its embedding 2 rows; .* is 'b'"
     ):
         checked(tokenizer, 2, "m")
+    assert checked(tokenizer, 8, "m").vocab_size == 6
+    with pytest.raises(CheckpointError, match="6 tokens and its embedding 9 rows; .* is another model's"):
+        checked(tokenizer, 9, "m")
 
 
 def test_an_id_that_no_vocabulary_reaches_is_refused_and_not_walked_to() -> None:

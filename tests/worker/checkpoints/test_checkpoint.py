@@ -121,13 +121,18 @@ OLD_SPELLINGS: list[tuple[dict[str, Any], RopeConfig]] = [
 INTERNLM_ROTARY: list[tuple[dict[str, Any], RopeConfig]] = [
     ({"base": 20000, "type": "origin"}, RopeConfig(2e4, 16)),
     ({"base": 10000, "type": "dynamic"}, RopeConfig(1e4, 16)),  # by one: never beyond the trained length
-    ({"base": 10000, "type": "dynamic", "scaling_factor": 2.0}, RopeConfig(1e4, 16, "dynamic", 2.0, original_max_position=64)),
+    (
+        {"base": 10000, "type": "dynamic", "scaling_factor": 2.0},
+        RopeConfig(1e4, 16, "dynamic", 2.0, original_max_position=64),
+    ),
 ]
 
 
 @pytest.mark.parametrize(("rotary", "rope"), INTERNLM_ROTARY)
 def test_internlm_has_its_rotation_in_a_field_of_its_own(model: Path, rotary: Any, rope: RopeConfig) -> None:
-    edit_json(model / "config.json", architectures=["InternLMForCausalLM"], rope_parameters="absent", rotary=rotary)
+    edit_json(
+        model / "config.json", architectures=["InternLMForCausalLM"], rope_parameters="absent", rotary=rotary
+    )
     assert open_checkpoint(model).config.attention.rope == rope
     edit_json(model / "config.json", rotary={"base": 1e4, "type": "spiral"})
     with pytest.raises(CheckpointError, match="rope scaling 'spiral' is not supported"):

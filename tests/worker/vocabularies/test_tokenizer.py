@@ -205,7 +205,7 @@ def test_tokens_without_a_row_in_the_embedding(tmp_path: Path) -> None:
     ):
         checked(tokenizer, 2, "m")
     assert checked(tokenizer, 8, "m").vocab_size == 6
-    with pytest.raises(CheckpointError, match="6 tokens and its embedding 9 rows; .* is another model's"):
+    with pytest.raises(CheckpointError, match=r"6 tokens and its embedding 9 rows; .* is another model's"):
         checked(tokenizer, 9, "m")
 
 

@@ -39,7 +39,14 @@ class PackedSource(SafetensorsSource):
                 yield stem, module
 
     def names(self) -> Iterable[str]:
-        return self._names
+        """Without the biases of zeros that packers write beside weights that have none."""
+        return [name for name in self._names if not self._is_idle(name)]
+
+    def _is_idle(self, name: str) -> bool:
+        stem, _, kind = name.rpartition(".")
+        return (
+            kind == "bias" and f"{stem}.weight" in self._modules and not self._tensors[name].read(name).any()
+        )
 
     def has(self, name: str) -> bool:
         return name in self._modules or super().has(name)

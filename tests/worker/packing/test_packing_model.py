@@ -58,3 +58,20 @@ def test_a_missing_part_is_named_when_the_checkpoint_is_opened(tmp_path: Path) -
     packed, _ = write_model(tmp_path, broken, {"quantization_config": METHODS["awq"]})
     with pytest.raises(CheckpointError, match=r"tensor 'model.layers.0.mlp.up_proj.scales' is missing"):
         open_checkpoint(packed)
+
+
+def test_biases_of_zeros_beside_packed_weights_are_none(tmp_path: Path) -> None:
+    """Early GPTQ packers gave every layer a bias."""
+    value = 0.0
+
+    def biased(name: str, n: int, k: int) -> packers.Layer:
+        tensors, meant = packers.gptq(np.random.default_rng(0), n, k, 64)
+        return tensors | {"bias": np.full(n, value if name == "self_attn.o_proj" else 0, np.float16)}, meant
+
+    method = METHODS["gptq"] | {"desc_act": False}
+    packed, _ = write_model(tmp_path / "zeros", biased, {"quantization_config": method})
+    assert not open_checkpoint(packed).config.attention.output_bias
+    value = 0.5
+    packed, _ = write_model(tmp_path / "others", biased, {"quantization_config": method})
+    with pytest.raises(CheckpointError, match=r"does not have: 'model.layers.0.self_attn.o_proj.bias', "):
+        open_checkpoint(packed)

@@ -14,7 +14,7 @@ A backend object serves one thread at a time. Wrong shapes raise ShapeError, wro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -136,6 +136,11 @@ class Backend(Protocol):
         """The dtypes' names that its caches can have, the usual one first."""
         ...
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether ops are carried out beside the host, which goes on at once."""
+        ...
+
     def decode_sizes(self, most: int) -> tuple[int, ...]:
         """For up to `most` tokens: the sizes that captured decode steps should have, ascending, smaller steps to be padded
         to the next, all captured before the first step. Empty where a step of any size is best captured when it comes."""
@@ -164,6 +169,11 @@ class Backend(Protocol):
 
     def to_host(self, array: Array) -> NDArray[Any]:
         """The array on the host, after all ops before have finished."""
+        ...
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[NDArray[Any]]]:
+        """Begin to copy arrays to the host, in order with ops: later ones may overwrite them. What is returned waits until
+        all ops before have finished, and gives the copies."""
         ...
 
     def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> PackedMatrix:

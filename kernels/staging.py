@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,10 @@ class Staged(Protocol):
         """Give the device what the host's arrays hold now, in order with ops; the host's may change at once."""
         ...
 
+    def scatter(self, index: str, value: Array, out: str) -> None:
+        """arrays[out][arrays[index][i]] = value[i], in order with ops, but where the index is -1. All int32."""
+        ...
+
 
 class HostStaged:
     """For backends that read the host's memory: the arrays themselves."""
@@ -43,6 +47,11 @@ class HostStaged:
 
     def push(self) -> None:
         """Nothing to copy."""
+
+    def scatter(self, index: str, value: Array, out: str) -> None:
+        index_S = self.arrays[index]
+        chosen = np.flatnonzero(index_S >= 0)
+        self.arrays[out][index_S[chosen]] = value[chosen]
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class HostMemory:
     """What backends say of themselves that compute in the host's memory."""
 
     kv_dtypes = ("float32", "float16")
+    asynchronous = False
 
     def decode_sizes(self, most: int) -> tuple[int, ...]:
         return ()
@@ -69,6 +79,10 @@ class HostMemory:
 
     def prepare(self, steps: Callable[[], None], ranks: int, on_progress: Callable[[float], None]) -> None:
         """Kernels are compiled before a backend is made."""
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[NDArray[Any]]]:
+        copies = [array.copy() for array in arrays]
+        return lambda: copies
 
     def staged(self, arrays: Mapping[str, NDArray[Any]], table: NDArray[np.int32]) -> HostStaged:
         return HostStaged(arrays, table)

@@ -9,7 +9,7 @@ rows where `library` takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,8 @@ Array = Any
 class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, RecurrentCalls):
     """One GPU's ops. activation: "float16" or "bfloat16". library: what takes products of many rows, if anything."""
 
+    asynchronous = True
+
     def __init__(
         self, device: GraphDevice, activation: str = ACTIVATION, library: LibraryProducts | None = None
     ) -> None:
@@ -61,6 +63,9 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, Recurren
 
     def to_host(self, array: Array) -> NDArray[Any]:
         return self.device.download(array)
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[NDArray[Any]]]:
+        return self.device.fetch(arrays)
 
     def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> CudaMatrix:
         return pack(matrix, self.activation, self.device)

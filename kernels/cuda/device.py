@@ -95,6 +95,45 @@ class CupyDevice:
         except self._errors as e:
             raise self._failure(e) from e
 
+    def page_locked(self, nbytes: int) -> Any:
+        """uint8, with arbitrary contents."""
+        return np.frombuffer(self._cp.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
+
+    def send(self, host: Any, array: Array) -> Callable[[], None]:
+        """array = host, which is page-locked, on the current stream; the call that is returned waits until it was read."""
+        try:
+            array.set(host)
+        except self._errors as e:
+            raise self._failure(e) from e
+        return self._reached()
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
+        """Copies on the current stream; the call that is returned waits for them, and gives them."""
+        hosts = [self.page_locked(a.nbytes).view(a.dtype).reshape(a.shape) for a in arrays]
+        try:
+            for array, host in zip(arrays, hosts, strict=True):
+                array.get(out=host, blocking=False)
+        except self._errors as e:
+            raise self._failure(e) from e
+        reached = self._reached()
+        return lambda: reached() or hosts
+
+    def _reached(self) -> Callable[[], None]:
+        """Waits until the current stream has come to what was launched last."""
+        try:
+            event = self._cp.cuda.Event(disable_timing=True)
+            event.record()
+        except self._errors as e:
+            raise self._failure(e) from e
+
+        def wait() -> None:
+            try:
+                event.synchronize()
+            except self._errors as e:
+                raise self._failure(e) from e
+
+        return wait
+
     def use(self) -> None:
         """Make it the calling thread's device."""
         self._cp.cuda.Device(self.ordinal).use()

@@ -6,7 +6,7 @@ second captures them into a CUDA graph, which later ones launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,20 @@ class GraphDevice(Device, Protocol):
 
     def download(self, array: Array) -> NDArray[Any]:
         """The array on the host, after whatever was launched before."""
+        ...
+
+    def page_locked(self, nbytes: int) -> NDArray[np.uint8]:
+        """Memory of the host that the GPU reads and writes by itself."""
+        ...
+
+    def send(self, host: NDArray[Any], array: Array) -> Callable[[], None]:
+        """array = host, which is page-locked, before whatever is launched later. The call that is returned waits until host
+        was read."""
+        ...
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[NDArray[Any]]]:
+        """Begin to copy arrays to the host, after whatever was launched before and before whatever is launched later. The
+        call that is returned waits, also where there are none, and gives the copies."""
         ...
 
     def memory(self) -> DeviceMemory:

@@ -25,6 +25,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from emulated_copies import Copies
 from numpy.typing import NDArray
 
 from flm.kernels.cuda.jit import FOLDER, INCLUDE
@@ -193,7 +194,7 @@ def _argument(value: Any) -> tuple[Any, str]:
     return np.ctypeslib.as_ctypes_type(value.dtype)(value.item()), kinds[value.dtype.name]
 
 
-class EmulatedDevice:
+class EmulatedDevice(Copies):
     """The Device of kernel.py for NumPy arrays. A few instances of one source are built together, all in parallel; those that
     are not listed, when they are launched.
 
@@ -235,12 +236,6 @@ class EmulatedDevice:
 
     def asarray(self, host: Array) -> Array:
         return guarded(host).view(DeviceArray)
-
-    def upload(self, host: Array, array: Array) -> None:
-        array[...] = host
-
-    def download(self, array: Array) -> Array:
-        return np.array(array)
 
     def memory(self) -> DeviceMemory:
         return DeviceMemory("emulated", 1 << 30, 1 << 30)

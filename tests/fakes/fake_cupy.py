@@ -28,6 +28,10 @@ class FakeArray(np.ndarray):
     def set(self, host: Any) -> None:
         self[...] = host
 
+    def get(self, out: Any, blocking: bool) -> None:
+        assert not blocking
+        out[...] = self
+
 
 class PinnedMemory(np.ndarray):
     """A buffer with an address, as CuPy's is."""
@@ -76,6 +80,9 @@ class FakeCupy:
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             Device=lambda ordinal: SimpleNamespace(use=lambda: None),
             get_current_stream=lambda: stream,
+            Event=lambda disable_timing: SimpleNamespace(
+                record=self._maybe_fail, synchronize=self._synchronize
+            ),
             alloc_pinned_memory=lambda size: np.full(size, 0xFF, np.uint8).view(PinnedMemory),
         )
 

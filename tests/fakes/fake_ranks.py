@@ -1,8 +1,9 @@
 """Ranks without a model, for tests of the scheduler. Their KV memory is real: a wrong block, slot or token changes
-the output."""
+the output. A token that no plan has told yet is known from the step before, and from no earlier one."""
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from flm.worker.plan import NewSequence, Sampled, StepPlan, StepResult, decode_plan, encode_plan
@@ -29,6 +30,8 @@ class FakeRanks:
         self.limits = limits
         self.memory: dict[int, int] = {}  # cache slot -> state
         self.slots: dict[int, NewSequence] = {}
+        self.drawn: dict[int, int] = {}  # by slot, in the step before
+        self.ahead = 0  # tokens that were taken from it
 
     def run(self, plan: StepPlan) -> StepResult:
         plan = decode_plan(encode_plan(plan))
@@ -50,14 +53,20 @@ class FakeRanks:
             known.token_ids += work.new_tokens
             assert work.num_computed == known.num_computed
             known.num_computed += work.num_tokens
+            token_ids = known.token_ids
+            if work.num_computed == len(token_ids):
+                assert work.num_tokens == 1
+                token_ids = [*token_ids, self.drawn[work.slot]]
+                self.ahead += 1
             for position in range(work.num_computed, known.num_computed):
                 before = self.memory[self._place(known, position - 1)] if position else 0
-                self.memory[self._place(known, position)] = mix(before, known.token_ids[position])
-            assert work.sample == (known.num_computed == len(known.token_ids))
+                self.memory[self._place(known, position)] = mix(before, token_ids[position])
+            assert work.sample == (known.num_computed == len(token_ids))
             if work.sample:
                 state = self.memory[self._place(known, known.num_computed - 1)]
                 token = draw(state, known.params.seed, known.num_computed)
                 result.sampled.append(Sampled(work.slot, token, -0.5, [(token, -0.5), (1, -2.0)]))
+        self.drawn = {sampled.slot: sampled.token_id for sampled in result.sampled}
         return result
 
     @staticmethod
@@ -82,14 +91,16 @@ def undisturbed(request: Request, context_limit: int) -> list[int]:
 
 
 class World:
-    """A scheduler, its ranks, a clock that ticks once per call, and all events so far."""
+    """A scheduler, its ranks, a clock that ticks once per call, and all events so far. ahead: how many steps are planned
+    before the result of the first of them is read."""
 
-    def __init__(self, num_blocks: int = 64, **limits: int) -> None:
+    def __init__(self, num_blocks: int = 64, ahead: int = 0, **limits: int) -> None:
         self.limits = Limits(
             **{"max_sequences": 4, "max_step_tokens": 16, "max_queue": 8, "max_context": 64, **limits}
         )
         self.pool = BlockPool(num_blocks, SIZE)
-        self.scheduler = Scheduler(self.pool, self.limits, (EOS,), VOCAB)
+        self.scheduler = Scheduler(self.pool, self.limits, (EOS,), VOCAB, ahead=ahead)
+        self.flying: deque[tuple[StepPlan, StepResult]] = deque()
         self.ranks = FakeRanks(self.limits)
         self.now = 0.0
         self.requests: dict[str, Request] = {}
@@ -113,24 +124,34 @@ class World:
         return event
 
     def schedule(self) -> StepPlan:
-        self.now += 1
-        plan = self.scheduler.schedule(self.now)
+        """The next step, under way."""
+        plan = self.launch()
         assert plan is not None
         return plan
 
-    def finish_step(self, plan: StepPlan) -> list[TokenEvent]:
-        result = self.ranks.run(plan)
+    def launch(self) -> StepPlan | None:
         self.now += 1
-        events = self.scheduler.postprocess(plan, result, self.now)
+        plan = self.scheduler.schedule(self.now)
+        if plan is not None:
+            self.flying.append((plan, self.ranks.run(plan)))
+        return plan
+
+    def finish_step(self) -> list[TokenEvent]:
+        """Read the oldest step's result."""
+        self.now += 1
+        events = self.scheduler.postprocess(*self.flying.popleft(), self.now)
         for event in events:
             self.events[event.request_id].append(event)
         self.scheduler.check()
         return events
 
     def step(self) -> StepPlan:
-        plan = self.schedule()
-        self.finish_step(plan)
-        return plan
+        """As the leader's loop does: go ahead as far as possible, then read one result, of the plan that is returned."""
+        while len(self.flying) <= self.scheduler.ahead and self.launch():
+            pass
+        first = self.flying[0][0]
+        self.finish_step()
+        return first
 
     def run(self) -> None:
         steps = 0
@@ -138,6 +159,8 @@ class World:
             self.step()
             steps += 1
             assert steps < 5000, "no end in sight"
+        while self.flying:
+            assert not self.finish_step()
 
     def tokens(self, request_id: str) -> list[int]:
         return [t for event in self.events[request_id] for t in event.token_ids]
@@ -158,3 +181,13 @@ class World:
         assert last.completion_tokens == len(request.resumed_ids) + len(got)
         assert last.prompt_tokens == len(request.prompt_ids)
         assert (last.finish_reason is FinishReason.STOP) == (last.stop_token_id is not None)
+
+
+def stop_case() -> tuple[World, list[int]]:
+    """A prompt whose output has EOS at index 2 or later, and that output."""
+    for first in range(1, VOCAB):
+        request = Request("a", (first,), SamplingParams(max_tokens=30, ignore_eos=True))
+        output = undisturbed(request, 64)
+        if EOS in output[2:] and output.index(EOS) >= 2:
+            return World(), [first, *output]
+    raise AssertionError("no such prompt")

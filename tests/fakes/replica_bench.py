@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -35,19 +36,26 @@ class Wire:
 
 
 class Bench:
-    """A replica whose steps the test can hold up or break."""
+    """A replica whose steps the test can hold up or break. ahead: how many are launched before one is collected."""
 
-    def __init__(self, **limits: int) -> None:
-        self.world, self.wire = World(**limits), Wire()
+    def __init__(self, ahead: int = 0, **limits: int) -> None:
+        self.world, self.wire = World(ahead=ahead, **limits), Wire()
         self.open, self.inside = threading.Event(), threading.Event()
         self.open.set()
         self.error: Exception | None = None
+        self.flying: deque[StepPlan] = deque()
         self.events: dict[str, queue.SimpleQueue[TokenEvent]] = {}
         self.replica = Replica(self.world.scheduler, cast(Any, self), self.wire, cast(Any, None), 64)
         self.replica.start(self._keep)
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> None:
         """As a Runner's."""
+        assert len(self.flying) <= self.world.scheduler.ahead
+        self.flying.append(plan)
+
+    def collect(self) -> StepResult:
+        """As a Runner's; the step is carried out here."""
+        plan = self.flying.popleft()
         self.inside.set()
         assert self.open.wait(60)
         if self.error:

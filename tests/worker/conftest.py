@@ -30,9 +30,9 @@ def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(sentencepiece_gguf(tmp_path_factory.mktemp("spm") / "m.gguf"))
 
 
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    made = Bench(max_sequences=2, max_queue=2)
+@pytest.fixture(params=[0, 1], ids=["step by step", "ahead"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    made = Bench(ahead=request.param, max_sequences=2, max_queue=2)
     yield made
     made.open.set()
     made.replica.stop()

@@ -12,6 +12,7 @@ from adapter_writer import random_factors, write_adapter
 from emulated_group import EmulatedGroup
 from emulator import EmulatedDevice
 from fake_cublas_lt import FakeCublasLt
+from late_device import LateDevice
 
 from flm.kernels.cuda import library_products
 from flm.kernels.cuda.backend import CudaBackend
@@ -37,9 +38,11 @@ def device() -> EmulatedDevice:
 def cuda(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An engine on the emulated device."""
 
-    def engine(name: str = "llama31", activation: str = "bfloat16", **options: Any) -> Engine:
+    def engine(
+        name: str = "llama31", activation: str = "bfloat16", on: EmulatedDevice = device, **options: Any
+    ) -> Engine:
         with monkeypatch.context() as patch:
-            patch.setattr(rank, "open_backend", lambda *_: CudaBackend(device, activation))
+            patch.setattr(rank, "open_backend", lambda *_: CudaBackend(on, activation))
             return Engine(
                 GOLDEN / name, device="cuda", **{"max_sequences": 4, "max_step_tokens": 16} | options
             )
@@ -138,25 +141,34 @@ def test_greedy_tokens_are_those_of_the_cpu(cuda: Any) -> None:
         assert mine.logprob == pytest.approx(theirs.logprob, abs=0.1)
 
 
-def test_company_padding_capture_and_cached_prefixes_change_no_token(cuda: Any) -> None:
-    """Three decodes take the step captured for four; eager steps have no padding."""
+def test_company_padding_capture_and_cached_prefixes_change_no_token(
+    cuda: Any, device: EmulatedDevice
+) -> None:
+    """Three decodes take the step captured for four; eager steps have no padding, and are planned one by one. A device that
+    is as late as can be gets neither what the host has written since, nor is it read too early."""
     ids, _ = reference("llama31")
     prompts = [ids, ids[2:], [*ids[3:], 17]]
     drawn = SamplingParams(
         max_tokens=5, top_p=0.9, seed=5, repetition_penalty=1.3, logprobs=2, ignore_eos=True
     )
     plain = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
-    with cuda(capture=False) as engine:
+    with cuda(capture=False, overlap=False) as engine:
         want = [[done.token_ids for done in engine.generate(prompts, one)] for one in (drawn, plain)]
         engine.replica.check()
     assert want[0] != want[1]
-    with cuda() as engine:
+    late = LateDevice(device)
+    with cuda(on=late) as engine:
+        assert engine.ranks[0].runner.ahead == 1
         for one, tokens in zip((drawn, plain), want, strict=True):
             assert [engine.generate([prompt], one)[0].token_ids for prompt in prompts] == tokens
             assert [done.token_ids for done in engine.generate(prompts, one)] == tokens
+        ends = replace(plain, stop_token_ids=(want[1][0][2],))  # two steps of it may be under way then
+        (stopped,) = engine.generate(prompts[:1], ends)
+        assert stopped.token_ids == want[1][0][: want[1][0].index(want[1][0][2])]
         (cached,) = engine.generate([[*ids, *want[1][0]]], plain)
         assert cached.cached_tokens == 16
         engine.replica.check()
+        assert late.waits_with_more_to_do > 20
 
 
 def test_seeds_decide_what_is_sampled(cuda: Any) -> None:
@@ -236,7 +248,7 @@ def test_two_ranks_through_mapped_memory_captured(
         np.testing.assert_array_equal(engine.logits(ids, chunk=5), whole)
         together = [done.token_ids for done in engine.generate(prompts, plain)]
         assert together == [engine.generate([prompt], plain)[0].token_ids for prompt in prompts]
-        assert sorted(each.recorded for each in group.devices) == [2, 4]  # followers do not sample
+        assert sorted(each.recorded for each in group.devices) == [4, 4]  # followers draw too
         before = [each.launched["all_reduce_rms_norm"] for each in group.devices]
         for comm in comms:
             comm.links.one_shot = 0

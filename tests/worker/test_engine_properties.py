@@ -56,14 +56,16 @@ clients = st.builds(
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[tuple[Engine, Engine]]:
-    """One with room for everything, and one where requests are cut, wait and are preempted."""
+def engines() -> Iterator[tuple[Engine, list[Engine]]]:
+    """One with room for everything, and two where requests are cut, wait and are preempted: one plans step by step, one
+    ahead."""
     options: dict[str, Any] = {"max_context": CONTEXT, "threads": 1}
     with Engine(MODEL, max_sequences=2, **options) as alone:
         room = BLOCKS * block_bytes(alone.ranks[0].shard, 16, "float32")
-        with Engine(MODEL, max_sequences=4, max_step_tokens=7, kv_bytes=room, **options) as crowded:
-            assert crowded.replica.load().blocks_total == BLOCKS
-            yield alone, crowded
+        options |= {"max_sequences": 4, "max_step_tokens": 7, "kv_bytes": room}
+        with Engine(MODEL, **options) as crowded, Engine(MODEL, overlap=True, **options) as ahead:
+            assert crowded.replica.load().blocks_total == ahead.replica.load().blocks_total == BLOCKS
+            yield alone, [crowded, ahead]
 
 
 def read(engine: Engine, request_id: str, leaves: int | None) -> list[TokenEvent]:
@@ -82,8 +84,7 @@ def said(events: list[TokenEvent]) -> tuple[list[Any], list[Any]]:
     return [t for e in events for t in e.token_ids], [entry for e in events for entry in e.logprobs]
 
 
-def assert_undisturbed(engines: tuple[Engine, Engine], crowd: list[Client]) -> None:
-    alone, crowded = engines
+def assert_undisturbed(alone: Engine, crowded: Engine, crowd: list[Client]) -> None:
     ids = [client.ask(crowded) for client in crowd]
     for client, request_id in zip(crowd, ids, strict=True):
         got = read(crowded, request_id, client.leaves)
@@ -103,17 +104,23 @@ def assert_undisturbed(engines: tuple[Engine, Engine], crowd: list[Client]) -> N
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(crowd=st.lists(clients, min_size=1, max_size=8))
-def test_company_changes_no_stream(engines: tuple[Engine, Engine], crowd: list[Client]) -> None:
-    assert_undisturbed(engines, crowd)
+@given(crowd=st.lists(clients, min_size=1, max_size=8), ahead=st.booleans())
+def test_company_changes_no_stream(
+    engines: tuple[Engine, list[Engine]], crowd: list[Client], ahead: bool
+) -> None:
+    assert_undisturbed(engines[0], engines[1][ahead], crowd)
 
 
-def test_neither_do_preemption_and_beginnings_from_the_cache(engines: tuple[Engine, Engine]) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_neither_do_preemption_and_beginnings_from_the_cache(
+    engines: tuple[Engine, list[Engine]], ahead: bool
+) -> None:
+    alone, crowded = engines[0], engines[1][ahead]
     drawn = SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True, logprobs=2, frequency_penalty=0.5)
-    before = after = engines[1].replica.load()
+    before = after = crowded.replica.load()
     for _ in range(10):  # on a busy machine they may not meet at the first try
-        assert_undisturbed(engines, [Client(0, 20, 0, None, drawn), Client(1, 9, 1, None, drawn)] * 3)
-        after = engines[1].replica.load()
+        assert_undisturbed(alone, crowded, [Client(0, 20, 0, None, drawn), Client(1, 9, 1, None, drawn)] * 3)
+        after = crowded.replica.load()
         if after.preemptions > before.preemptions:
             break
     assert after.preemptions > before.preemptions

@@ -37,13 +37,27 @@ def broken_copy(name: str, target: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"),
-    [("llama31", 1), ("llama31", 2), ("deepseek_v2_lite", 1), ("qwen3_moe", 1), ("rwkv4", 1)],
+    ("name", "ranks", "overlap"),
+    [
+        ("llama31", 1, True),
+        ("llama31", 2, False),
+        ("deepseek_v2_lite", 1, False),
+        ("qwen3_moe", 1, False),
+        ("rwkv4", 1, True),
+    ],
 )
-def test_a_stream_that_is_not_finite_ends_by_itself(tmp_path: Path, name: str, ranks: int) -> None:
+def test_a_stream_that_is_not_finite_ends_by_itself(
+    tmp_path: Path, name: str, ranks: int, overlap: bool
+) -> None:
     path = broken_copy(name, tmp_path / name)
     with Engine(
-        path, tensor_parallel=ranks, max_sequences=3, max_step_tokens=4, max_context=32, threads=2
+        path,
+        tensor_parallel=ranks,
+        max_sequences=3,
+        max_step_tokens=4,
+        max_context=32,
+        threads=2,
+        overlap=overlap,
     ) as engine:
 
         def generate(prompt: list[int], params: SamplingParams, salt: str) -> list[tuple[int, ...]]:

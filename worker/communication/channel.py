@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from typing import Protocol
 
@@ -27,6 +28,10 @@ class LeaderChannel(Protocol):
 class FollowerChannel(Protocol):
     def receive(self) -> StepPlan | None:
         """The next plan; None when the leader says stop."""
+        ...
+
+    def expects(self, wait: float) -> bool:
+        """Whether receive() would return at once, or does so within `wait` seconds."""
         ...
 
     def fail(self, message: str) -> None:
@@ -77,10 +82,18 @@ class ThreadFollower:
     def __init__(self, rank: int, leader: ThreadChannel) -> None:
         self.rank, self.leader = rank, leader
         self.inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._next: bytes | None = None  # taken out and not received
 
     def receive(self) -> StepPlan | None:
-        data = self.inbox.get()
+        data = self.inbox.get() if self._next is None else self._next
+        self._next = None
         return decode_plan(data) if data else None
+
+    def expects(self, wait: float) -> bool:
+        if self._next is None:
+            with contextlib.suppress(queue.Empty):
+                self._next = self.inbox.get(timeout=wait)
+        return self._next is not None
 
     def fail(self, message: str) -> None:
         self.leader.failed.put((self.rank, message))

@@ -63,6 +63,15 @@ class Communicator(Protocol):
         end, which comes within the time-out."""
         ...
 
+    def launching(self) -> AbstractContextManager[None]:
+        """As watched(), around the launch of a step that may go on after it; awaiting() sees its end."""
+        ...
+
+    def awaiting(self) -> AbstractContextManager[None]:
+        """Around the wait for the oldest step that was launched and not yet waited for. What went wrong in it raises, within
+        the time-out."""
+        ...
+
     def set_timeout(self, seconds: float) -> None:
         """Of every wait from now on."""
         ...
@@ -117,6 +126,12 @@ class LocalCommunicator(OneByOne):
     def watched(self) -> AbstractContextManager[None]:
         return nullcontext() if self._vigil is None else self._vigil.step()
 
+    def launching(self) -> AbstractContextManager[None]:
+        return self.watched()
+
+    def awaiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def set_timeout(self, seconds: float) -> None:
         if self._attended:
             self._vigil = Vigil(0, seconds, lambda: {0: Awaited(os.getpid())}, self.abort)
@@ -164,6 +179,12 @@ class GroupCommunicator(OneByOne):
         return self.group.swap(mine)
 
     def watched(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def launching(self) -> AbstractContextManager[None]:
+        return self.watched()
+
+    def awaiting(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def set_timeout(self, seconds: float) -> None:

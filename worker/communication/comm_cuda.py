@@ -70,17 +70,36 @@ class CudaCommunicator(OneByOne):
     def watched(self) -> Iterator[None]:
         """Around a step: it ends within the time-out, with all that was launched done. Raises CollectiveTimeout naming
         ranks that did not come, CollectiveFailed with NCCL's words, CollectiveAborted after another rank's failure."""
+        with self.launching():
+            yield
+        with self.awaiting():
+            self.device.synchronize()
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
         self._watchdog.begin()
         try:
             yield
-            self.device.synchronize()
         except Exception as error:
-            if self._watchdog.failure is not None:  # what was aborted breaks in ways that explain nothing
-                raise self._watchdog.failure from error
+            self._watchdog.end()
+            self._explain(error)
+            raise
+
+    @contextmanager
+    def awaiting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._explain(error)
             raise
         finally:
             self._watchdog.end()
         self._raise_failure()
+
+    def _explain(self, error: Exception) -> None:
+        """What was aborted breaks in ways that explain nothing: raise the reason in its place."""
+        if self._watchdog.failure is not None:
+            raise self._watchdog.failure from error
 
     def _raise_failure(self) -> None:
         if self._watchdog.failure is not None:

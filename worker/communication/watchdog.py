@@ -28,7 +28,8 @@ class Watchdog:
         self._group, self._check, self._abort = group, check, abort
         self.failure: CollectiveError | None = None
         self._line = group.words[flag_index(group.rank) : flag_index(group.rank) + BEGUN + 1]
-        self._began = 0.0  # monotonic; 0 between steps
+        self._began = 0.0  # monotonic: since when the oldest step under way is; 0 between steps
+        self._under_way = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -40,12 +41,16 @@ class Watchdog:
         self._stopped.set()
 
     def begin(self) -> None:
-        """A step begins."""
+        """A step begins, perhaps before the one before has ended."""
         self._line[BEGUN] += 1
-        self._began = time.monotonic()
+        self._under_way += 1
+        if self._under_way == 1:
+            self._began = time.monotonic()
 
     def end(self) -> None:
-        self._began = 0.0
+        """The oldest step has ended; the next one has the device from now on."""
+        self._under_way -= 1
+        self._began = time.monotonic() if self._under_way else 0.0
 
     def _run(self) -> None:
         while self.failure is None and not self._stopped.wait(PERIOD):

@@ -68,6 +68,9 @@ class ZmqFollowerChannel:
         data = self._socket.recv()
         return decode_plan(data) if data else None
 
+    def expects(self, wait: float) -> bool:
+        return bool(self._socket.poll(int(wait * 1000)))
+
     def fail(self, message: str) -> None:
         self._socket.send(message.encode())
         self._socket.close()

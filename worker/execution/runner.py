@@ -1,32 +1,37 @@
 """The runner: StepPlan -> arrays -> decoder -> sampled ids. One per rank.
 
-It keeps, for every slot, the tokens and the block table, in fixed arrays that the step's ops read. Steps that
-only decode are captured once per batch size and replayed.
+A step is launched, and collected later: on a device that computes beside the host a second one may be launched
+meanwhile, whose tokens are then taken from the first one on the device. Steps that only decode are captured once
+per batch size and replayed.
 
-Shape legend: T tokens of the step, S rows to sample, B blocks per sequence, N top log-probabilities.
+Shape legend: T tokens of the step, S rows to sample.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.backend import Backend, Graph, SamplingBatch
+from flm.kernels.backend import Backend, Graph
+from flm.worker.execution.drawing import Draw, Drawing
 from flm.worker.execution.model import Decoder
-from flm.worker.execution.sampling import build_batch
+from flm.worker.execution.sampling import SamplingRow
 from flm.worker.execution.slot_state import SlotState
-from flm.worker.execution.step_positions import step_positions
-from flm.worker.layers.loading import StepInputs
-from flm.worker.plan import Sampled, Scheduled, StepPlan, StepResult
+from flm.worker.execution.step_arrays import StepArrays
+from flm.worker.plan import Scheduled, StepPlan, StepResult
 
 Array = Any
 
 
 class Runner:
-    """Runs step plans on one rank. The leader (rank 0) also samples and returns a StepResult."""
+    """Runs step plans on one rank. The leader (rank 0) returns a StepResult of each.
+
+    ahead: how many steps may be launched beyond the one that is collected next. Where there are any, every rank samples,
+    each the same ids, for the next step's tokens are known nowhere else."""
 
     def __init__(
         self,
@@ -39,65 +44,48 @@ class Runner:
         max_tokens: int,
         leader: bool,
         capture: bool = True,
+        ahead: int = 0,
     ) -> None:
         self.model, self.backend, self.leader, self.capture = model, backend, leader, capture
-        self.block_size, self.max_context = block_size, max_context
+        self.block_size, self.max_context, self.ahead = block_size, max_context, ahead
         self.slots: dict[int, SlotState] = {}
-        blocks = -(-max_context // block_size)
-        int32 = lambda *shape: np.zeros(shape, np.int32)
-        self._tables_SB: NDArray[np.int32] = int32(max_sequences, blocks)
-        self._ids_T, self._positions_T = int32(max_tokens), int32(max_tokens)
-        self._slots_T, self._sequence_T = int32(max_tokens), int32(max_tokens)
-        self._adapter_T = int32(max_tokens) - 1
-        self._adapted = False  # whether a token of this step has an adapter
-        self._rows_S = int32(max_sequences)
-        self._sampled_S = backend.empty((max_sequences,), np.int32)
+        self._draws = leader or ahead > 0
+        self._arrays = StepArrays(
+            backend,
+            model.shard.model.attention,
+            block_size=block_size,
+            max_context=max_context,
+            max_sequences=max_sequences,
+            max_tokens=max_tokens,
+            adapters=bool(model.adapters),
+        )
+        self._drawing = Drawing(backend, max_sequences)
         self._graphs: dict[tuple[int, bool, bool], tuple[Graph, Array]] = {}  # by tokens, greedy, adapted
         self._sizes = backend.decode_sizes(max_sequences) if capture else ()
-        self._positions = step_positions(model.shard.model.attention, max_tokens)
-        self._staged = backend.staged(self._host_arrays(), self._tables_SB)
+        self._flying: deque[Draw] = deque()  # launched and not collected, the oldest first
+        self._last: Draw | None = None  # of the step that was launched last
 
-    def _host_arrays(self) -> dict[str, NDArray[Any]]:
-        """What is filled before every step."""
-        arrays: dict[str, NDArray[Any]] = {
-            "ids": self._ids_T,
-            "positions": self._positions_T,
-            "slots": self._slots_T,
-            "sequences": self._sequence_T,
-            "rows": self._rows_S,
-        }
-        if self.model.adapters:
-            arrays["adapters"] = self._adapter_T
-        own = self._positions
-        if own is not None:
-            tables: dict[str, NDArray[Any] | None] = {
-                "cos": own.cos_TR,
-                "sin": own.sin_TR,
-                "q_scale": own.q_scale_T,
-                "rotary": own.rows_T,
-                "visible": own.last_visible_T,
-            }
-            arrays |= {name: array for name, array in tables.items() if array is not None}
-        return arrays
+    @property
+    def in_flight(self) -> int:
+        """Steps that were launched and not collected."""
+        return len(self._flying)
 
     def rehearse(self, largest: bool = False) -> None:
         """Steps of padding alone, of every kind and of every size that the backend wants ready, so that every kernel is
         launched; `largest`: of the largest sizes, after which all that ops keep is allocated."""
-        tokens, rows = len(self._ids_T), len(self._rows_S)
+        tokens, rows = self._arrays.tokens, self._arrays.rows
         sizes = self.backend.decode_sizes(rows)[-1 if largest else 0 :]
-        self._pad(0, tokens)
+        self._arrays.pad(0, tokens)
         with self.model.comm.watched():
-            self._staged.push()
+            self._arrays.push()
             for with_adapters in self._kinds():
-                self._adapted = with_adapters
+                self._arrays.adapted = with_adapters
                 for count in sorted({min(2 * rows + 1, tokens), tokens}):  # prompts
-                    self._logits(count, min(rows, count), self.leader)
+                    self._logits(count, min(rows, count), self._draws)
                 for size in sizes:
-                    logits_SV = self._logits(size, None, self.leader)
-            if self.leader:
-                self.backend.sample(
-                    logits_SV, SamplingBatch.drawing(rows), self._sampled_S, self.backend.empty((rows,))
-                )
+                    logits_SV = self._logits(size, None, self._draws)
+            if self._draws:
+                self._drawing.rehearse(logits_SV)
 
     def _kinds(self) -> tuple[bool, ...]:
         """Of steps: without adapters, and with them where there are any."""
@@ -105,44 +93,70 @@ class Runner:
 
     def capture_ahead(self) -> None:
         """Capture decode steps of every size that the backend wants ready, and run them."""
-        self._pad(0, len(self._ids_T))
+        self._arrays.pad(0, self._arrays.tokens)
         with self.model.comm.watched():
-            self._staged.push()
+            self._arrays.push()
             for with_adapters, size, greedy in product(self._kinds(), self._sizes, (True, False)):
-                self._adapted = with_adapters
-                # followers never sample, but take part in every replay
-                graph, _ = self._captured(size, greedy and self.leader)
+                self._arrays.adapted = with_adapters
+                # ranks that do not sample take part in every replay all the same
+                graph, _ = self._captured(size, greedy and self._draws)
                 for _ in range(2):  # the first compiles, the second may be made into one launch
                     graph.replay()
 
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Carry out one plan; a StepResult on the leader, None on the others."""
-        with self.model.comm.watched():
-            return self._run(plan)
+        """Carry out one plan, with none under way; a StepResult on the leader, None on the others."""
+        assert not self._flying, "steps are under way"
+        self.launch(plan)
+        return self.collect()
 
-    def _run(self, plan: StepPlan) -> StepResult | None:
-        self._apply(plan)
-        tokens = self._fill(plan.scheduled)
-        self._fill_adapters(plan.scheduled)
-        items = [item for item in plan.scheduled if item.sample]
-        greedy = self.leader and all(self.slots[item.slot].row.plain_greedy for item in items)
-        logits_SV = self._forward(plan, tokens, len(items), greedy)
-        if not self.leader:
-            return None
-        return StepResult(plan.step, self._drawn(items) if greedy else self._sample(items, logits_SV))
+    def launch(self, plan: StepPlan) -> None:
+        """Give the device everything that the plan wants done. Plans come in order."""
+        assert len(self._flying) <= self.ahead, f"step {plan.step} would be one too many under way"
+        with self.model.comm.launching():
+            self._apply(plan)
+            items = [item for item in plan.scheduled if item.sample]
+            rows = [self.slots[item.slot].row for item in items]
+            greedy = self._draws and all(row.plain_greedy for row in rows)
+            logits_SV = self._forward(plan, self._fill(plan.scheduled), len(items), greedy)
+            found: list[Array] = []
+            if items and self._draws:
+                found = [self._drawing.ids_S[: len(items)]] if greedy else self._draw(items, rows, logits_SV)
+            self._last = Draw(plan.step, items, rows, self.backend.fetch(found))
+        self._flying.append(self._last)
+
+    def collect(self) -> StepResult | None:
+        """Wait for the oldest step under way; a StepResult on the leader, None on the others."""
+        draw = self._flying.popleft()
+        with self.model.comm.awaiting():
+            draw.wait()
+        return StepResult(draw.step, draw.sampled()) if self.leader else None
+
+    def _fill(self, scheduled: list[Scheduled]) -> int:
+        return self._arrays.fill(scheduled, self.slots, self._last.row_of if self._last else {})
+
+    def _draw(self, items: list[Scheduled], rows: list[SamplingRow], logits_SV: Array) -> list[Array]:
+        """Draw by each row's parameters, when all the rest of the step is on its way."""
+        for item, row in zip(items, rows, strict=True):
+            length, state = item.num_computed + item.num_tokens, self.slots[item.slot]
+            # penalties count every token: the one that was just drawn has to be read after all
+            if row.counts is not None and state.count < length:
+                assert self._last is not None
+                # -1: logits that were not finite, which end the sequence; what is drawn for it now is thrown away
+                state.foresee([max(self._last.token(item.slot), 0)])
+            row.position = length
+        return self._drawing.draw(logits_SV, rows)
 
     def all_logits(self, plan: StepPlan) -> NDArray[np.float32]:
-        """float32 [T, vocab]: the logits of every token that the plan computes."""
+        """float32 [T, vocab]: the logits of every token that the plan computes. None may be under way."""
         with self.model.comm.watched():
             return self._all_logits(plan)
 
     def _all_logits(self, plan: StepPlan) -> NDArray[np.float32]:
         self._apply(plan)
         tokens = self._fill(plan.scheduled)
-        self._fill_adapters(plan.scheduled)
-        self._staged.push()
-        h_TE = self.model.hidden(self._inputs(tokens))
-        step = len(self._rows_S)
+        self._arrays.push()
+        h_TE = self.model.hidden(self._arrays.inputs(tokens))
+        step = self._arrays.rows
         parts = [
             self.backend.to_host(self.model.logits(h_TE[i : i + step], None)).copy()
             for i in range(0, tokens, step)
@@ -156,8 +170,8 @@ class Runner:
             name = new.params.adapter
             adapter = self.model.adapters.index(name) if name else -1
             self.slots[new.slot] = state = SlotState(new, self.max_context, adapter)
-            if self._positions is not None:
-                state.positions = self._positions.request(new.token_ids[: new.num_prompt])
+            if self._arrays.positions is not None:
+                state.positions = self._arrays.positions.request(new.token_ids[: new.num_prompt])
             self._extend_table(new.slot, new.block_table)
         for item in plan.scheduled:
             if item.new_blocks:
@@ -169,65 +183,15 @@ class Runner:
 
     def _extend_table(self, slot: int, blocks: list[int]) -> None:
         state = self.slots[slot]
-        self._tables_SB[slot, state.blocks : state.blocks + len(blocks)] = blocks
-        self._staged.note(slot * self._tables_SB.shape[1] + state.blocks, len(blocks))
+        self._arrays.extend_table(slot, state.blocks, blocks)
         state.blocks += len(blocks)
-
-    def _fill(self, scheduled: list[Scheduled]) -> int:
-        """Write the step's ids, positions, cache slots and sequence numbers; returns T."""
-        t = 0
-        size = self.block_size
-        for item in scheduled:
-            slot, start, n = item.slot, item.num_computed, item.num_tokens
-            self._ids_T[t : t + n] = self.slots[slot].tokens[start : start + n]
-            self._sequence_T[t : t + n] = slot
-            if n == 1:  # decodes are many and small: plain numbers cost a tenth of array operations
-                self._positions_T[t] = start
-                self._slots_T[t] = int(self._tables_SB[slot, start // size]) * size + start % size
-            else:
-                positions = self._positions_T[t : t + n] = np.arange(start, start + n)
-                self._slots_T[t : t + n] = self._tables_SB[slot, positions // size] * size + positions % size
-            if self._positions is not None:
-                self._positions.write(t, self._positions_T[t : t + n], self.slots[item.slot].positions)
-            t += n
-        return t
-
-    def _fill_adapters(self, scheduled: list[Scheduled]) -> None:
-        """Write each token's adapter, where the model has any."""
-        if not self.model.adapters:
-            return
-        t, self._adapted = 0, False
-        for item in scheduled:
-            adapter = self.slots[item.slot].adapter
-            self._adapter_T[t : t + item.num_tokens] = adapter
-            self._adapted |= adapter >= 0
-            t += item.num_tokens
-
-    def _inputs(self, tokens: int) -> StepInputs:
-        arrays = self._staged.arrays
-        first = lambda name: arrays[name][:tokens] if name in arrays else None
-        positions_T, visible_T, rotary_T = first("positions"), first("visible"), first("rotary")
-        return StepInputs(
-            first("ids"),
-            positions_T,
-            first("slots"),
-            first("sequences"),
-            self._staged.table,
-            positions_T if visible_T is None else visible_T,
-            positions_T if rotary_T is None else rotary_T,
-            first("cos"),
-            first("sin"),
-            first("q_scale"),
-            first("adapters") if self._adapted else None,
-        )
 
     def _forward(self, plan: StepPlan, tokens: int, rows: int, greedy: bool) -> Array:
         """Logits [S or more, vocab] of the rows to sample, in the order of plan.scheduled; greedy: their ids too."""
         if tokens == len(plan.scheduled) == rows:  # each item one token, each sampled: a pure decode step
             return self._decode(tokens, greedy)
-        ends_S = np.cumsum([item.num_tokens for item in plan.scheduled])[[s.sample for s in plan.scheduled]]
-        self._rows_S[:rows] = ends_S - 1
-        self._staged.push()
+        self._arrays.choose_rows(plan.scheduled, rows)
+        self._arrays.push(self._drawing.ids_S)
         if not self.capture:
             return self._logits(tokens, rows, greedy)
         # one program though it is used once: between single ops the other threads would fall asleep
@@ -238,62 +202,31 @@ class Runner:
 
     def _logits(self, tokens: int, rows: int | None, greedy: bool) -> Array:
         """The ops of one step. rows None: every token is sampled."""
-        h_TE = self.model.hidden(self._inputs(tokens))
+        h_TE = self.model.hidden(self._arrays.inputs(tokens))
         S = tokens if rows is None else rows
         if not S:
             return None
-        logits_SV = self.model.logits(h_TE, None if rows is None else self._staged.arrays["rows"][:rows])
+        logits_SV = self.model.logits(h_TE, None if rows is None else self._arrays.chosen_rows(rows))
         if greedy:
-            self.backend.sample(logits_SV, SamplingBatch.greedy(S), self._sampled_S[:S], None)
+            self._drawing.greedy(logits_SV, S)
         return logits_SV
 
     def _decode(self, tokens: int, greedy: bool) -> Array:
         if not self.capture:
-            self._staged.push()
+            self._arrays.push(self._drawing.ids_S)
             return self._logits(tokens, None, greedy)
         size = next((size for size in self._sizes if size >= tokens), tokens)
         if size > tokens:
-            self._pad(tokens, size)
-        self._staged.push()
+            self._arrays.pad(tokens, size)
+        self._arrays.push(self._drawing.ids_S)
         graph, logits_SV = self._captured(size, greedy)
         graph.replay()
         return logits_SV
 
-    def _pad(self, tokens: int, size: int) -> None:
-        """Rows that store nothing and attend to nothing."""
-        self._ids_T[tokens:size] = self._positions_T[tokens:size] = 0
-        self._slots_T[tokens:size] = self._sequence_T[tokens:size] = self._adapter_T[tokens:size] = -1
-
     def _captured(self, tokens: int, greedy: bool) -> tuple[Graph, Array]:
-        key = tokens, greedy, self._adapted
+        key = tokens, greedy, self._arrays.adapted
         if key not in self._graphs:
             with self.backend.capture() as graph:
                 logits_SV = self._logits(tokens, None, greedy)
             self._graphs[key] = (graph, logits_SV)
         return self._graphs[key]
-
-    def _sample(self, items: list[Scheduled], logits_SV: Array) -> list[Sampled]:
-        """Draw one id a row from the logits."""
-        rows = [self.slots[item.slot].row for item in items]
-        S, tops = len(items), max(-1 if r.params.logprobs is None else r.params.logprobs for r in rows)
-        backend, logprobs_S, top_ids_SN, top_SN = self.backend, None, None, None
-        if tops >= 0:
-            logprobs_S = backend.empty((S,), np.float32)
-        if tops > 0:
-            top_ids_SN, top_SN = backend.empty((S, tops), np.int32), backend.empty((S, tops), np.float32)
-        backend.sample(logits_SV[:S], build_batch(rows), self._sampled_S[:S], logprobs_S, top_ids_SN, top_SN)
-        sampled = self._drawn(items)
-        if logprobs_S is not None:
-            for out, logprob in zip(sampled, backend.to_host(logprobs_S).tolist(), strict=True):
-                out.logprob = logprob
-        if top_ids_SN is not None:
-            ids_SN, values_SN = backend.to_host(top_ids_SN), backend.to_host(top_SN)
-            for out, row, ids, values in zip(sampled, rows, ids_SN, values_SN, strict=True):
-                k = row.params.logprobs or 0
-                out.top = list(zip(ids[:k].tolist(), values[:k].tolist(), strict=True))
-        return sampled
-
-    def _drawn(self, items: list[Scheduled]) -> list[Sampled]:
-        """The ids that the step's sampling left, without log-probabilities."""
-        ids = self.backend.to_host(self._sampled_S[: len(items)]).tolist()
-        return [Sampled(item.slot, token, 0.0) for item, token in zip(items, ids, strict=True)]

@@ -37,6 +37,9 @@ class GroupSpec:
     hang_timeout: float = HANG_TIMEOUT
     run_dir: str = ""  # sockets and shared memory of this start of the group; empty for one rank
     adapters: tuple[AdapterSource, ...] = ()
+    overlap: bool | None = (
+        None  # a step is launched while another runs; None: where devices run beside the host
+    )
     capture: bool = True  # False: every op of every step runs eagerly, for comparison
 
     def __post_init__(self) -> None:

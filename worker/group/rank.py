@@ -31,6 +31,7 @@ from flm.worker.execution.model import Decoder
 from flm.worker.execution.runner import Runner
 from flm.worker.files.paths import resolve_model_path
 from flm.worker.group.backends import open_backend
+from flm.worker.group.follower import keep_up
 from flm.worker.group.group_spec import GroupSpec
 from flm.worker.group.replica import Replica, as_flm_error
 from flm.worker.limits import Limits
@@ -112,10 +113,17 @@ class Rank:
             max_tokens=max(self.step_tokens, spec.max_sequences),
             leader=self.rank == 0,
             capture=spec.capture,
+            ahead=self._ahead,
         )
         self.backend.prepare(
             self.runner.rehearse, spec.tensor_parallel, lambda done: on_progress(share + (1 - share) * done)
         )
+
+    @property
+    def _ahead(self) -> int:
+        """Steps that are planned before the result of the one before is known."""
+        overlap = self.backend.asynchronous if self.spec.overlap is None else self.spec.overlap
+        return int(overlap)
 
     def _caches(self) -> Any:
         spec = self.spec
@@ -208,7 +216,7 @@ class Rank:
         limits = Limits(spec.max_sequences, self.step_tokens, spec.max_queue, self.max_context, names)
         pool = BlockPool(self.num_blocks, spec.block_size)
         config = self.checkpoint.config
-        scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config)
+        scheduler = Scheduler(pool, limits, config.eos_token_ids, config.vocab, config, self._ahead)
         self._replica = Replica(scheduler, self.runner, channel, config, self.max_context)  # type: ignore[arg-type]
         self._replica.memory_facts = self._memory_facts
 
@@ -236,7 +244,8 @@ class Rank:
         assert self._channel is not None, "followers serve, after connect()"
         while (plan := self._channel.receive()) is not None:
             try:
-                self.runner.run(plan)
+                self.runner.launch(plan)
+                keep_up(self.runner, self._channel)
             except Exception as error:
                 failure = as_flm_error(error)
                 if isinstance(error, DeviceMemoryFull) and self._memory_facts:

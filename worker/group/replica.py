@@ -1,5 +1,8 @@
 """The leader's loop: one thread on rank 0 that schedules, broadcasts, runs and postprocesses.
 
+Where the scheduler goes ahead, the next step is scheduled, broadcast and launched before the result of the one that
+runs is waited for, and the events of a step are handed out while the device is at work on later ones.
+
 Other threads talk to it only through submit, cancel, drain, stop and load; the scheduler itself knows nothing of
 threads. When a step fails, every live request ends with an ERROR event, the state becomes "failed" and names
 the rank to blame; the controller then rebuilds the group, and the gateway resumes the streams elsewhere.
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,7 +36,7 @@ from flm.worker.errors import (
 )
 from flm.worker.execution.runner import Runner
 from flm.worker.limits import Load
-from flm.worker.plan import StepPlan, StepResult
+from flm.worker.plan import StepPlan
 from flm.worker.request import Request, TokenEvent
 from flm.worker.scheduling.scheduler import Scheduler
 
@@ -63,6 +67,8 @@ class Replica:
         self._wake = threading.Condition(self._lock)
         self.memory_facts = ""  # what is to be said of its device's memory where that is full
         self._cancelled: list[TokenEvent] = []
+        self._flying: deque[StepPlan] = deque()  # launched and not collected, the oldest first
+        self._undelivered: list[TokenEvent] = []  # of the last step that was collected
         self._borrowed = 0  # computations that have blocks of their own
         self._step_began = 0.0  # monotonic; 0 while idle
         self._thread = threading.Thread(target=self._loop, name="replica", daemon=True)
@@ -81,7 +87,7 @@ class Replica:
                     f"this replica is {self.state}{': ' + self.failure if self.failure else ''}"
                 )
             self._scheduler.add(request, time.monotonic())
-            self._wake.notify()
+            self._wake.notify_all()
 
     def cancel(self, request_id: str) -> None:
         """End a request within one step; unknown or finished ones are ignored, for cancels race with ends."""
@@ -89,7 +95,7 @@ class Replica:
             event = self._scheduler.cancel(request_id, time.monotonic())
             if event is not None:
                 self._cancelled.append(event)
-                self._wake.notify()
+                self._wake.notify_all()
 
     def drain(self) -> None:
         """Take no new requests; running ones go on."""
@@ -102,7 +108,7 @@ class Replica:
         with self._lock:
             if self.state != "failed":
                 self.state = "stopped"
-            self._wake.notify()
+            self._wake.notify_all()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -123,8 +129,10 @@ class Replica:
 
     @contextmanager
     def borrow_blocks(self, count: int) -> Iterator[list[int]]:
-        """`count` KV blocks for a computation outside of any request, given back without contents."""
+        """`count` KV blocks for a computation outside of any request, given back without contents. Where no request is
+        live, no step is under way meanwhile."""
         with self._lock:
+            self._wake.wait_for(lambda: self._scheduler.has_work or not self._flying)
             blocks = self._scheduler.pool.allocate(count)
             self._borrowed += 1
         try:
@@ -152,7 +160,14 @@ class Replica:
     def _loop(self) -> None:
         try:
             while self._wait_for_work():
-                self._on_events(self._one_step())
+                self._launch()
+                self._deliver()
+                self._collect()
+                if not self._flying:
+                    self._deliver()
+            while self._flying:  # no result may come out of a runner that someone else goes on to use
+                self._runner.collect()
+                self._flying.popleft()
             self._end("the replica was stopped", "stopped")
             self._channel.stop()
         except Exception as error:  # whatever it was, no stream may be left hanging
@@ -161,7 +176,9 @@ class Replica:
     def _wait_for_work(self) -> bool:
         checked = False
         with self._lock:
-            while self.state in ("ready", "draining") and not (self._scheduler.has_work or self._cancelled):
+            while self.state in ("ready", "draining") and not (
+                self._scheduler.has_work or self._cancelled or self._flying
+            ):
                 self._step_began = 0.0
                 if not self._wake.wait(None if checked else IDLE_CHECK):
                     self._check()
@@ -169,24 +186,35 @@ class Replica:
             self._step_began = time.monotonic()
             return self.state in ("ready", "draining")
 
-    def _one_step(self) -> list[TokenEvent]:
-        with self._lock:
-            plan = self._scheduler.schedule(time.monotonic())
-        result = None if plan is None else self._carry_out(plan)
+    def _launch(self) -> None:
+        """Plan steps and start them, as far ahead as the scheduler goes."""
+        while len(self._flying) <= self._scheduler.ahead:
+            with self._lock:
+                plan = self._scheduler.schedule(time.monotonic())
+                if plan is None:
+                    return
+                self._flying.append(plan)
+            self._channel.send(plan)
+            self._runner.launch(plan)
+
+    def _collect(self) -> None:
+        """Wait for the oldest step, if there is one, and keep what it gives to be delivered."""
+        result = self._runner.collect() if self._flying else None
         with self._lock:
             events: list[TokenEvent] = []
-            if plan is not None and result is not None:
+            if self._flying:
+                assert result is not None, "the leader's runner samples"
                 self.step += 1
-                events = self._scheduler.postprocess(plan, result, time.monotonic())
+                events = self._scheduler.postprocess(self._flying.popleft(), result, time.monotonic())
+                self._wake.notify_all()
             # taken now and not before: were the step to fail, their last events would be lost
             cancelled, self._cancelled = self._cancelled, []
-            return cancelled + events
+            self._undelivered = cancelled + events
 
-    def _carry_out(self, plan: StepPlan) -> StepResult:
-        self._channel.send(plan)
-        result = self._runner.run(plan)
-        assert result is not None, "the leader's runner samples"
-        return result
+    def _deliver(self) -> None:
+        events, self._undelivered = self._undelivered, []
+        if events:
+            self._on_events(events)
 
     def _fail(self, error: Exception) -> None:
         self.failure = self._blame(error)
@@ -220,8 +248,10 @@ class Replica:
     def _end(self, why: str, state: str) -> None:
         with self._lock:
             self.state, self._step_began = state, 0.0
-            events = self._cancelled + self._scheduler.fail_all(why)
-            self._cancelled = []
+            events = self._undelivered + self._cancelled + self._scheduler.fail_all(why)
+            self._undelivered, self._cancelled = [], []
+            self._flying.clear()
+            self._wake.notify_all()
         self._on_events(events)
 
 

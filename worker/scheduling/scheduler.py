@@ -7,26 +7,35 @@ A sequence takes blocks for all its known tokens when it starts, so only decodin
 pool has none left, the newest sequence of the lowest priority is preempted: it gives up its blocks and computes
 its tokens again later (most of them are still in the prefix cache). The sequence that goes first can preempt all
 others and no sequence may outgrow the pool, so every step makes progress.
+
+A step may be planned while others are under way (flight.py): sequences are then assumed to go on, and the token
+that one computes may be known to the ranks' devices alone. A plan that assumed too much computes a token for
+nobody, which is thrown away. Blocks and slots of a sequence that has ended are free at once even so: every
+device carries plans out in their order, so whatever such a token writes is written before anything that a later
+plan puts there.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from operator import attrgetter
 
 from flm.worker.errors import InvalidRequest, Overloaded
 from flm.worker.limits import NO_RULES, Limits, Load, PromptRules, ServiceTime
-from flm.worker.plan import NewSequence, Sampled, Scheduled, StepPlan, StepResult
-from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
+from flm.worker.plan import NewSequence, Scheduled, StepPlan, StepResult
+from flm.worker.request import FinishReason, Request, Timings, TokenEvent
 from flm.worker.scheduling.blocks import BlockPool, BlockTable
+from flm.worker.scheduling.flight import Flight
 from flm.worker.scheduling.sequence import Sequence
 
 _precedence = attrgetter("precedence")
 
 
 class Scheduler:
-    """The leader's state of all live requests. Call schedule() and postprocess() in turn; add() and cancel()
-    may come at any point in between, from the same thread."""
+    """The leader's state of all live requests. schedule() may be called again before postprocess() was, up to `ahead`
+    times; results come in the order of their plans. add() and cancel() may come at any point in between, from the same
+    thread."""
 
     def __init__(
         self,
@@ -35,8 +44,9 @@ class Scheduler:
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         rules: PromptRules = NO_RULES,
+        ahead: int = 0,
     ) -> None:
-        self.limits, self.pool, self._rules = limits, pool, rules
+        self.limits, self.pool, self._rules, self.ahead = limits, pool, rules, ahead
         self._eos, self._vocab_size = frozenset(eos_token_ids), vocab_size
         self._live: dict[str, Sequence] = {}
         self._running: list[Sequence] = []  # both in order of precedence
@@ -44,7 +54,7 @@ class Scheduler:
         self._by_slot: dict[int, Sequence] = {}
         self._free_slots = list(range(limits.max_sequences - 1, -1, -1))
         self._retired: list[int] = []  # slots that the ranks have not been told to forget yet
-        self._in_flight: StepPlan | None = None
+        self._flights: deque[Flight] = deque()  # steps without a result, the oldest first
         self._step = self._arrivals = 0
         self._service_time = ServiceTime()
         self._prefix_queries = self._prefix_hits = self._tokens_generated = self._preemptions = 0
@@ -129,14 +139,14 @@ class Scheduler:
         for sequence in sequences:
             self._remove(sequence)
         self.pool.forget()
-        self._in_flight = None
+        self._flights.clear()
         return [s.last_event(FinishReason.ERROR, Timings(), error=str(error)) for s in sequences]
 
     # ------------------------------------------------------------------------------------ schedule
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, or None where there is nothing to do."""
-        assert self._in_flight is None, f"step {self._step} was not postprocessed"
+        """The next step, or None where there is nothing to do, or nothing before the result of a step under way."""
+        assert len(self._flights) <= self.ahead, f"step {self._step} was not postprocessed"
         if not self._live:
             return None
         new: list[NewSequence] = []
@@ -152,11 +162,14 @@ class Scheduler:
                 break
             budget -= work.num_tokens
             (single if work.num_tokens == 1 else chunks).append(work)
-        assert single or chunks, "live requests but no progress"
+        if not (single or chunks):
+            assert self._flights, "live requests but no progress"
+            return None
         self._step += 1
         finished, self._retired = self._retired, []
-        self._in_flight = StepPlan(self._step, new, single + chunks, finished)
-        return self._in_flight
+        plan = StepPlan(self._step, new, single + chunks, finished)
+        self._flights.append(Flight(plan, [self._by_slot[item.slot] for item in plan.scheduled]))
+        return plan
 
     def _schedule_decodes(self, budget: int) -> tuple[list[Scheduled], int]:
         """One token for each sequence that has one token to compute, and the budget that is left."""
@@ -165,15 +178,14 @@ class Scheduler:
             # A negative slot was preempted for one before it, and so was everything after it.
             if budget == 0 or sequence.slot < 0:
                 break
-            token_ids = sequence.token_ids
-            length = len(token_ids)
-            if length - sequence.num_computed != 1:
-                continue
+            length = sequence.length
+            if length - sequence.num_computed != 1 or length >= sequence.max_length:
+                continue  # it prefills, or ends with the step under way
             blocks = self._grow(sequence, length)
             if blocks is None:
                 continue
-            new_tokens = token_ids[sequence.num_sent :]
-            sequence.num_sent = length
+            new_tokens = sequence.token_ids[sequence.num_sent :]
+            sequence.num_sent += len(new_tokens)
             single.append(Scheduled(sequence.slot, length - 1, 1, blocks, new_tokens))
             budget -= 1
         return single, budget
@@ -201,6 +213,8 @@ class Scheduler:
             return None
         sequence = self._waiting[0]
         if prefilling and prefilling[0].precedence < sequence.precedence:
+            return None
+        if sequence.in_flight:  # preempted: the token that was drawn for it is not known yet
             return None
         # One spare block for each running sequence: else it would soon be preempted again.
         computed = sequence.table.open(sequence.token_ids, spare=len(self._running))
@@ -255,46 +269,23 @@ class Scheduler:
     # --------------------------------------------------------------------------------- postprocess
 
     def postprocess(self, plan: StepPlan, result: StepResult, now: float) -> list[TokenEvent]:
-        """Take in what the ranks drew: one event for each request that got a token or ended."""
-        assert plan is self._in_flight, f"step {plan.step} is not in flight"
+        """Take in what the ranks drew in the oldest step under way: one event for each request that got a token or
+        ended."""
+        assert self._flights, f"step {plan.step} is not in flight"
+        flight = self._flights.popleft()
+        assert plan is flight.plan, f"step {plan.step} is not in flight, or not the oldest"
         assert result.step == plan.step, f"result of step {result.step} for step {plan.step}"
-        self._in_flight = None
         drawn = {sampled.slot: sampled for sampled in result.sampled}
         events: list[TokenEvent] = []
-        for work in plan.scheduled:
-            sequence = self._by_slot.get(work.slot)
-            if sequence is None:  # cancelled during the step
-                continue
-            sequence.num_computed = computed = work.num_computed + work.num_tokens
-            if self._rules.shares_prefixes:
-                sequence.table.publish(sequence.token_ids, computed)
-            if work.sample:
-                events.append(self._append(sequence, drawn[work.slot], now))
+        for item, sequence in flight.land():
+            if self._live.get(sequence.request.request_id) is not sequence:
+                continue  # ended, or cancelled during the step
+            if self._rules.shares_prefixes and sequence.slot >= 0:
+                sequence.table.publish(sequence.token_ids, item.num_computed + item.num_tokens)
+            if item.sample:
+                events.append(event := sequence.append(drawn[item.slot], self._eos, now))
+                self._tokens_generated += drawn[item.slot].token_id >= 0
+                if event.finish_reason is not None:
+                    self._remove(sequence)
+                    self._service_time.add(event.timings.prefill + event.timings.decode)
         return events
-
-    def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> TokenEvent:
-        """Add a sampled token and end the sequence where that is due."""
-        token, params = sampled.token_id, sequence.request.params
-        if token < 0:
-            return sequence.not_finite_event(self._finish(sequence, now))
-        sequence.token_ids.append(token)
-        self._tokens_generated += 1
-        timings = Timings()
-        if sequence.first_token is None:
-            sequence.first_token = now
-            timings = sequence.timings(now)
-        if token in params.stop_token_ids or (token in self._eos and not params.ignore_eos):
-            timings = self._finish(sequence, now)
-            return sequence.last_event(FinishReason.STOP, timings, stop_token_id=token)
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if params.logprobs is not None:
-            logprobs = (TokenLogprobs(token, sampled.logprob, tuple(sampled.top)),)
-        if len(sequence.token_ids) < sequence.max_length:
-            return sequence.event((token,), logprobs, timings)
-        return sequence.last_event(FinishReason.LENGTH, self._finish(sequence, now), (token,), logprobs)
-
-    def _finish(self, sequence: Sequence, now: float) -> Timings:
-        self._remove(sequence)
-        timings = sequence.timings(now)
-        self._service_time.add(timings.prefill + timings.decode)
-        return timings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flm.worker.plan import Sampled
 from flm.worker.request import FinishReason, Request, Timings, TokenEvent, TokenLogprobs
 from flm.worker.scheduling.blocks import BlockTable
 
@@ -20,17 +21,24 @@ class Sequence:
     max_length: int  # prompt + output tokens at which it ends for good
     num_prompt: int
     uncut: int = 0  # leading tokens that must be computed in one step
-    num_computed: int = 0  # leading tokens whose KV is in the cache
-    num_sent: int = 0  # leading tokens that the ranks know
+    num_computed: int = 0  # leading tokens whose KV is in the cache, or will be after the steps under way
+    num_sent: int = 0  # leading tokens that the ranks' hosts know
+    in_flight: int = 0  # steps under way that compute for it
+    assumed: int = 0  # tokens that they draw: behind token_ids, and not known yet
     num_cached: int = 0  # of the prompt, found in the prefix cache at its first start
     slot: int = -1  # -1: waiting
     started: float | None = None  # first step
     first_token: float | None = None
 
     @property
+    def length(self) -> int:
+        """Tokens that it has, or will have if the steps under way do not end it."""
+        return len(self.token_ids) + self.assumed
+
+    @property
     def num_remaining(self) -> int:
-        """Known tokens still to compute: 1 when decoding, more when prefilling."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens still to compute: 1 when decoding, more when prefilling."""
+        return self.length - self.num_computed
 
     @property
     def outstanding(self) -> int:
@@ -42,6 +50,25 @@ class Sequence:
         started = now if self.started is None else self.started
         first_token = now if self.first_token is None else self.first_token
         return Timings(started - self.arrived, first_token - started, now - first_token)
+
+    def append(self, sampled: Sampled, eos: frozenset[int], now: float) -> TokenEvent:
+        """Take in a token that was drawn; what it adds to the stream, which it may end."""
+        token, params = sampled.token_id, self.request.params
+        if token < 0:
+            return self.not_finite_event(self.timings(now))
+        self.token_ids.append(token)
+        timings = Timings()
+        if self.first_token is None:
+            self.first_token = now
+            timings = self.timings(now)
+        if token in params.stop_token_ids or (token in eos and not params.ignore_eos):
+            return self.last_event(FinishReason.STOP, self.timings(now), stop_token_id=token)
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if params.logprobs is not None:
+            logprobs = (TokenLogprobs(token, sampled.logprob, tuple(sampled.top)),)
+        if len(self.token_ids) < self.max_length:
+            return self.event((token,), logprobs, timings)
+        return self.last_event(FinishReason.LENGTH, self.timings(now), (token,), logprobs)
 
     def event(
         self,

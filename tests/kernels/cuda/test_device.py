@@ -118,6 +118,26 @@ def test_staging_copies_do_not_pile_up(cupy):
     assert cupy.synchronized == 3 and array[0] == 199
 
 
+def test_copies_that_are_waited_for_later(cupy):
+    device = CupyDevice()
+    array, host = device.empty((2, 3), "int32"), device.page_locked(24)
+    assert host.dtype == np.uint8 and len(device.page_locked(0)) == 0
+    host.view(np.int32)[...] = range(6)
+    read = device.send(host.view(np.int32).reshape(2, 3), array)
+    fetched = device.fetch([array, array[0]])
+    array[...] = 9  # by what is launched later
+    assert cupy.synchronized == 0
+    read()
+    whole, first = fetched()
+    assert whole.tolist() == [[0, 1, 2], [3, 4, 5]] and first.tolist() == [0, 1, 2]
+    assert cupy.synchronized == 2
+    later = device.fetch([])
+    cupy.fails = CUDARuntimeError("cudaErrorECCUncorrectable", 214)
+    for call in (later, lambda: device.fetch([]), lambda: device.send(whole, array)):
+        with pytest.raises(DeviceFailed, match="ECC"):
+            call()
+
+
 def test_a_missing_compiler_is_told_with_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setitem(sys.modules, "cuda", None)

@@ -58,6 +58,20 @@ def test_a_follower_that_never_connects_is_named(tmp_path: Path, monkeypatch: py
     leader.stop()
 
 
+def test_a_follower_is_told_whether_a_plan_is_there(tmp_path: Path) -> None:
+    sockets, threads = ZmqLeaderChannel(tmp_path, 2), ThreadChannel(2)
+    for leader, follower in ((sockets, ZmqFollowerChannel(tmp_path, 1)), (threads, threads.followers[0])):
+        assert not follower.expects(0.001)
+        leader.send(PLAN)
+        assert follower.expects(5.0)
+        assert follower.expects(0.0)
+        assert follower.receive() == PLAN
+        assert not follower.expects(0.001)
+        leader.stop()
+        assert follower.expects(5.0)
+        assert follower.receive() is None
+
+
 def test_threads_get_their_own_copy_of_a_plan() -> None:
     leader = ThreadChannel(3)
     leader.send(PLAN)

@@ -15,12 +15,14 @@ import pytest
 
 from flm.worker.errors import ConfigError, FlmError, RankFailed, Unavailable
 from flm.worker.group.rank import GroupSpec, Rank
+from flm.worker.plan import Scheduled, StepPlan
 from flm.worker.request import FinishReason, Request, SamplingParams, TokenEvent
 
 HERE = Path(__file__).parents[1]
 MODEL = str(HERE.parent / "data" / "golden" / "llama2")
 PARAMS = SamplingParams(max_tokens=40, seed=5, ignore_eos=True)
 ENDLESS = Request("endless", (4, 5), SamplingParams(max_tokens=60, ignore_eos=True))
+FEW_SECONDS = {"hang_timeout": 1.0}  # may pass while nothing is wrong
 
 
 @dataclass
@@ -49,8 +51,8 @@ def spec(run_dir: Path, **changes: object) -> GroupSpec:
 
 @pytest.fixture
 def group(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Group]:
-    """With the hang_timeout of the test's parameter, if it has one: few seconds may pass while nothing is wrong."""
-    plan = spec(tmp_path, **({"hang_timeout": request.param} if hasattr(request, "param") else {}))
+    """With what the test's parameter changes of the spec, if it has one."""
+    plan = spec(tmp_path, **getattr(request, "param", {}))
     command = [sys.executable, str(HERE / "follower_process.py"), json.dumps(asdict(plan)), "1"]
     follower = subprocess.Popen(command)
     leader = Rank(plan, 0)
@@ -64,6 +66,7 @@ def group(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Group]:
     follower.wait()
 
 
+@pytest.mark.parametrize("group", [{}, {"overlap": True}], indirect=True, ids=["step by step", "ahead"])
 def test_two_processes_generate_what_one_does(group: Group, tmp_path: Path) -> None:
     group.rank.replica.submit(Request("a", (1, 2, 3), PARAMS))
     tokens = [token for event in group.collect() for token in event.token_ids]
@@ -89,13 +92,35 @@ def test_stop_ends_the_follower_and_leaves_no_shared_memory(group: Group) -> Non
         group.rank.replica.submit(ENDLESS)
 
 
-@pytest.mark.parametrize("group", [1.0], indirect=True)
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("group", "blow"),
+    [
+        (FEW_SECONDS, signal.SIGKILL),
+        ({**FEW_SECONDS, "overlap": True}, signal.SIGKILL),
+        (FEW_SECONDS, signal.SIGSTOP),
+    ],
+    indirect=["group"],
+)
 def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(group: Group, blow: signal.Signals) -> None:
-    os.kill(group.follower.pid, blow)
+    """Ahead, it dies while steps are under way."""
+    runner = group.rank.runner
+    if runner.ahead:
+        launch = runner.launch
+
+        def launched(plan: StepPlan) -> None:
+            if runner.in_flight and plan.step > 3:
+                os.kill(group.follower.pid, blow)
+                group.follower.wait()
+            launch(plan)
+
+        runner.launch = launched  # type: ignore[method-assign]
+    else:
+        os.kill(group.follower.pid, blow)
     began = time.monotonic()
     group.rank.replica.submit(ENDLESS)
-    last = group.collect()[-1]
+    events = group.collect()
+    last = events[-1]
+    assert len(events) > 2 * runner.ahead  # tokens that were there are not lost
     assert time.monotonic() - began < 1.0 + 8.0  # and the default is 10
     assert last.finish_reason is FinishReason.ERROR
     assert "rank 1" in last.error
@@ -108,8 +133,6 @@ def test_a_rank_that_dies_or_hangs_is_named_within_the_bound(group: Group, blow:
 
 def test_a_follower_that_fails_says_why(group: Group) -> None:
     """Slot 3 of a plan that never introduced it: the follower's runner breaks, the leader reports its words."""
-    from flm.worker.plan import Scheduled, StepPlan
-
     channel = group.rank.replica._channel
     channel.send(StepPlan(0, [], [Scheduled(3, 0, 1, new_tokens=[1])], []))
     deadline = time.monotonic() + 60

@@ -13,8 +13,9 @@ from flm.worker.group import replica as replica_module
 from flm.worker.request import FinishReason, Request
 
 
-def test_requests_from_many_threads_are_streams_of_their_own() -> None:
-    bench = Bench(num_blocks=12, max_queue=64)  # few blocks: some are preempted on the way
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_requests_from_many_threads_are_streams_of_their_own(ahead: int) -> None:
+    bench = Bench(ahead, num_blocks=12, max_queue=64)  # few blocks: some are preempted on the way
     requests: list[Request] = []
 
     def client(number: int) -> None:

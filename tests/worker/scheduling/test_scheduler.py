@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fake_ranks import EOS, VOCAB, World, undisturbed
+from fake_ranks import EOS, VOCAB, World, stop_case
 
 from flm.worker.errors import InvalidRequest, Overloaded
 from flm.worker.plan import NewSequence
-from flm.worker.request import FinishReason, Request, SamplingParams, Timings
+from flm.worker.request import FinishReason, Timings, TokenEvent
 from flm.worker.scheduling.scheduler import Load
 
 PROMPT = list(range(1, 11))
+
+
+def finished_step(world: World) -> list[TokenEvent]:
+    world.schedule()
+    return world.finish_step()
 
 
 def test_first_plan_carries_everything_and_later_ones_only_differences() -> None:
@@ -46,7 +51,7 @@ def test_priority_then_arrival() -> None:
         world.add(name, PROMPT, priority=priority)
     order: list[str] = []
     while world.scheduler.has_work:
-        order += [e.request_id for e in world.finish_step(world.schedule()) if e.finish_reason]
+        order += [e.request_id for e in finished_step(world) if e.finish_reason]
     assert order == ["high", "first", "second", "low"]
 
 
@@ -57,7 +62,7 @@ def test_a_prompt_under_way_lets_a_higher_priority_start_first() -> None:
     world.add("same", [21, 22, 23])
     world.add("urgent", [31, 32, 33], priority=1)
     assert [(s.slot, s.num_tokens) for s in world.step().scheduled] == [(0, 1), (1, 3)]
-    assert [e.request_id for e in world.finish_step(world.schedule())] == ["urgent"]
+    assert [e.request_id for e in finished_step(world)] == ["urgent"]
     world.run()
     assert world.last("same").timings.queue > world.last("urgent").timings.queue
 
@@ -164,9 +169,9 @@ def test_cancel_waiting_running_unknown_and_in_flight() -> None:
         world.scheduler.check()
     assert world.cancel("a") is None
     assert world.cancel("never seen") is None
-    plan = world.schedule()
+    world.schedule()
     assert world.cancel("b") is not None
-    assert world.finish_step(plan) == []
+    assert world.finish_step() == []
     assert not world.scheduler.has_work
     assert world.scheduler.schedule(world.now) is None
     assert world.pool.available == world.pool.num_blocks
@@ -208,16 +213,6 @@ def test_longest_prompt_gets_one_token() -> None:
     world.add("a", [1] * 63, max_tokens=50)
     world.run()
     assert (len(world.tokens("a")), world.last("a").finish_reason) == (1, FinishReason.LENGTH)
-
-
-def stop_case() -> tuple[World, list[int]]:
-    """A prompt whose output has EOS at index 2 or later, and that output."""
-    for first in range(1, VOCAB):
-        request = Request("a", (first,), SamplingParams(max_tokens=30, ignore_eos=True))
-        output = undisturbed(request, 64)
-        if EOS in output[2:] and output.index(EOS) >= 2:
-            return World(), [first, *output]
-    raise AssertionError("no such prompt")
 
 
 def test_stop_tokens_count_but_are_not_output() -> None:

@@ -28,16 +28,22 @@ options = st.fixed_dictionaries(
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(prompt=prompts, options=options, cut=st.integers(0, 15), crowd=st.lists(prompts, max_size=3))
+@given(
+    prompt=prompts,
+    options=options,
+    cut=st.integers(0, 15),
+    crowd=st.lists(prompts, max_size=3),
+    ahead=st.integers(0, 1),
+)
 def test_a_request_split_anywhere_yields_the_same_remainder(
-    prompt: list[int], options: dict[str, Any], cut: int, crowd: list[list[int]]
+    prompt: list[int], options: dict[str, Any], cut: int, crowd: list[list[int]], ahead: int
 ) -> None:
     first = World()
     first.add("a", prompt, **options)
     first.run()
     output = first.tokens("a")
     cut = min(cut, len(output), options["max_tokens"] - 1)
-    second = World(num_blocks=10, max_step_tokens=5)
+    second = World(num_blocks=10, max_step_tokens=5, ahead=ahead)
     for i, other in enumerate(crowd):
         second.add(f"crowd {i}", other, max_tokens=12)
     second.add("a", prompt, **options, resumed_ids=tuple(output[:cut]))
@@ -52,9 +58,13 @@ def test_a_request_split_anywhere_yields_the_same_remainder(
 class AnyOrder(RuleBasedStateMachine):
     """Requests come, go and crowd a small pool; whatever happens, streams are the undisturbed ones."""
 
-    @initialize(num_blocks=st.sampled_from([6, 9]), max_step_tokens=st.sampled_from([2, 3, 7]))
-    def start(self, num_blocks: int, max_step_tokens: int) -> None:
-        self.world = World(num_blocks, max_step_tokens=max_step_tokens, max_queue=4, max_context=30)
+    @initialize(
+        num_blocks=st.sampled_from([6, 9]),
+        max_step_tokens=st.sampled_from([2, 3, 7]),
+        ahead=st.integers(0, 1),
+    )
+    def start(self, num_blocks: int, max_step_tokens: int, ahead: int) -> None:
+        self.world = World(num_blocks, ahead, max_step_tokens=max_step_tokens, max_queue=4, max_context=30)
 
     @rule(prompt=prompts, options=options)
     def add(self, prompt: list[int], options: dict[str, Any]) -> None:
@@ -74,12 +84,13 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data(), during_a_step=st.booleans())
     def cancel(self, data: st.DataObject, during_a_step: bool) -> None:
         name = data.draw(st.sampled_from(sorted(self.world.scheduler._live)))
-        plan = self.world.schedule() if during_a_step else None
+        if during_a_step and len(self.world.flying) <= self.world.scheduler.ahead:
+            self.world.launch()
         event = self.world.cancel(name)
         assert event is not None
         assert event.finish_reason is FinishReason.CANCELLED
-        if plan is not None:
-            assert name not in {e.request_id for e in self.world.finish_step(plan)}
+        while len(self.world.flying) > self.world.scheduler.ahead:
+            assert name not in {e.request_id for e in self.world.finish_step()}
 
     @invariant()
     def accounted_for(self) -> None:

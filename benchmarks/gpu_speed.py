@@ -18,6 +18,7 @@ from typing import Any
 
 import gpu_decode
 import gpu_dummy
+import gpu_engine
 import gpu_kernels
 import gpu_peers
 import gpu_products
@@ -172,6 +173,9 @@ def decode_rows(device: CupyDevice, rate: float) -> Iterator[Callable[[], Iterab
             "format": "int4"
         }
 
+    def served(M: int) -> Iterator[Row]:
+        return gpu_engine.engine_rows(gpu_dummy.DummyBackend(device), gpu_engine.LLAMA_8B, M)
+
     shapes = [
         (gpu_decode.LLAMA_8B, "int4", 1),
         (gpu_decode.LLAMA_8B, "float", 1),
@@ -180,6 +184,9 @@ def decode_rows(device: CupyDevice, rate: float) -> Iterator[Callable[[], Iterab
     models = [(gpu_dummy.DEEPSEEK_V2_LITE, 1), (gpu_dummy.DEEPSEEK_V2_LITE, 16), (gpu_dummy.QWEN3_30B, 1)]
     for case in (*shapes, *models, (gpu_decode.QWEN_72B, "int4", 1)):
         yield lambda case=case: (of_shape if len(case) == 3 else of_model)(*case)  # type: ignore[misc,operator]
+        cupy.get_default_memory_pool().free_all_blocks()
+    for M in (1, 16):
+        yield lambda M=M: served(M)  # type: ignore[misc]
         cupy.get_default_memory_pool().free_all_blocks()
 
 

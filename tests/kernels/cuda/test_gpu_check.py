@@ -10,6 +10,7 @@ from dataclasses import replace
 import gpu_check
 import gpu_decode
 import gpu_dummy
+import gpu_engine
 import gpu_kernels
 import gpu_peers
 import gpu_products
@@ -189,3 +190,9 @@ def test_a_dummy_model_decodes(device, model):
     counts = step.decoder.expert_counts()
     assert [int(n.sum()) for n in counts.values()] == [2 * 3 * 2]
     assert gpu_dummy.results_of(step, 1e-3, step.nbytes * 2e3)["share"] == pytest.approx(0.5)
+
+
+def test_a_leader_serves_a_dummy_model(device):
+    rows = list(gpu_engine.engine_rows(gpu_dummy.DummyBackend(device), TINY[1], 2, steps=8))
+    assert [row["what"].rsplit(", ", 1)[1] for row in rows] == ["step by step", "ahead"] * 2
+    assert all(row["tokens_per_second"] > 0 for row in rows)

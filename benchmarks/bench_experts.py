@@ -46,7 +46,7 @@ def bench_attention(backend: CpuBackend, tokens: list[int]) -> None:
     for t in tokens:
         prefill, context = t > 16, t if t > 16 else 1024
         blocks, count = -(-context // BLOCK), 1 if prefill else t
-        cache = backend.latent_cache(count * blocks, BLOCK, LATENT, ROTARY)
+        cache = backend.latent_caches(1, count * blocks, BLOCK, LATENT, ROTARY)[0]
         cache.rows[...] = 0.01
         tables = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks)
         index = np.zeros(t, np.int32) if prefill else np.arange(t, dtype=np.int32)

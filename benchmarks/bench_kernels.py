@@ -87,7 +87,7 @@ def bench_linear(backend: CpuBackend, tokens: list[int]) -> None:
 def bench_attention(backend: CpuBackend, tokens: list[int]) -> None:
     blocks, size = 160, 32
     for dtype in (np.float32, np.float16):
-        cache = backend.kv_cache(blocks, size, KV, DIM, dtype)
+        cache = backend.kv_caches(1, blocks, size, KV, DIM, dtype)[0]
         cache.k[...], cache.v[...] = floats(*cache.k.shape), floats(*cache.v.shape)
         for t, context in [
             *((t, 512) for t in tokens if t <= 16),
@@ -108,7 +108,7 @@ def bench_attention(backend: CpuBackend, tokens: list[int]) -> None:
 
 
 def bench_small(backend: CpuBackend, tokens: list[int]) -> None:
-    cache = backend.kv_cache(64, 32, KV, DIM)
+    cache = backend.kv_caches(1, 64, 32, KV, DIM)[0]
     cos, sin, weight = floats(2048, DIM // 2), floats(2048, DIM // 2), floats(HIDDEN)
     for t in tokens:
         x, _delta, out = floats(t, HIDDEN), floats(t, HIDDEN), backend.empty((t, HIDDEN))
@@ -151,9 +151,7 @@ def bench_model(backend: CpuBackend, tokens: list[int]) -> None:
     for t in tokens:
         prefill = t >= 64
         blocks = 16 if prefill else 8
-        caches = [
-            backend.kv_cache(blocks * (1 if prefill else t), 32, KV, DIM, np.float16) for _ in range(LAYERS)
-        ]
+        caches = backend.kv_caches(LAYERS, blocks * (1 if prefill else t), 32, KV, DIM, np.float16)
         tables = np.arange(blocks * (1 if prefill else t), dtype=np.int32).reshape(-1, blocks)
         index = np.zeros(t, np.int32) if prefill else np.arange(t, dtype=np.int32)
         positions = np.arange(t, dtype=np.int32) if prefill else np.full(t, 127, np.int32)

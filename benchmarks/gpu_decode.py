@@ -47,7 +47,7 @@ class DecodeStep:
         ]
         self.embedding, self.head = make(s.V, s.E), make(s.V, s.E)
         blocks = -(-context // 16)
-        self.caches = [backend.kv_cache(M * blocks, 16, s.J, s.D) for _ in range(s.layers)]
+        self.caches = backend.kv_caches(s.layers, M * blocks, 16, s.J, s.D)
         self.norm = device.asarray(np.ones(s.E, np.float32))
         self.table = zeros(device, (context, s.D // 2), "float32")
         self.x, self.logits = device.empty((M, s.E), "float32"), device.empty((M, s.V), "float32")

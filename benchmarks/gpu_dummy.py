@@ -236,7 +236,7 @@ def latent_calls(
     """One decode step's latent attention of one layer; heads: their number, the latent's width, the rotary width."""
     H, L, D = heads
     blocks = -(-context // 16)
-    caches = [backend.latent_cache(batch * blocks, 16, L, D) for _ in range(4)]
+    caches = backend.latent_caches(4, batch * blocks, 16, L, D)
     order = np.random.default_rng(0).permutation(batch * blocks).astype(np.int32)
     tables = backend.asarray(order.reshape(batch, blocks))
     index = backend.asarray(np.arange(batch, dtype=np.int32))

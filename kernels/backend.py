@@ -180,10 +180,16 @@ class Backend(Protocol):
         """A weight in this backend's layout; a stored one is read by rows, in threads. Not recorded by capture()."""
         ...
 
-    def kv_cache(
-        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
-    ) -> KVCache:
-        """A zeroed cache, of one of kv_dtypes. block_size must be a multiple of 16."""
+    def kv_caches(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Any = np.float32,
+    ) -> Sequence[KVCache]:
+        """A zeroed cache for each layer, of one of kv_dtypes. block_size must be a multiple of 16."""
         ...
 
     def linear(

@@ -11,7 +11,7 @@ K inputs and M outputs of a head's matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from flm.kernels.quant import QuantizedMatrix
@@ -47,10 +47,10 @@ class PackedHeads(Protocol):
 class LatentOps(Protocol):
     """What backend.py says of every op holds here too."""
 
-    def latent_cache(
-        self, num_blocks: int, block_size: int, latent: int, rotary: int, dtype: Any = ...
-    ) -> LatentCache:
-        """A zeroed cache, float32 or float16. block_size must be a multiple of 16."""
+    def latent_caches(
+        self, layers: int, num_blocks: int, block_size: int, latent: int, rotary: int, dtype: Any = ...
+    ) -> Sequence[LatentCache]:
+        """A zeroed cache for each layer, float32 or float16. block_size must be a multiple of 16."""
         ...
 
     def pack_heads(self, heads: Iterable[QuantizedMatrix]) -> PackedHeads:

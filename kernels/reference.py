@@ -6,6 +6,7 @@ Shape legend: see backend.py. Each op computes in the backend's dtype (float64 f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,20 @@ class ReferenceBackend(
         matrix = StoredMatrix.of(matrix).whole()
         return ReferenceMatrix(matrix.dequantize(), matrix.nbytes)
 
-    def kv_cache(
-        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
-    ) -> ReferenceCache:
+    def kv_caches(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Any = np.float32,
+    ) -> list[ReferenceCache]:
         if block_size % 16 or block_size <= 0:
             raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
         shape = (num_blocks * block_size, kv_heads, head_dim)
-        return ReferenceCache(np.zeros(shape, dtype), np.zeros(shape, dtype), block_size)
+        zeros = partial(np.zeros, shape, dtype)
+        return [ReferenceCache(zeros(), zeros(), block_size) for _ in range(layers)]
 
     def linear(
         self,

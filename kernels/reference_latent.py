@@ -59,13 +59,19 @@ def turned(x: Array, cos: Array, sin: Array) -> Array:
 class ReferenceLatentOps(ReferenceOps):
     """See latent_ops.py."""
 
-    def latent_cache(
-        self, num_blocks: int, block_size: int, latent: int, rotary: int, dtype: Any = np.float32
-    ) -> ReferenceLatentCache:
+    def latent_caches(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        latent: int,
+        rotary: int,
+        dtype: Any = np.float32,
+    ) -> list[ReferenceLatentCache]:
         if block_size % 16 or block_size <= 0:
             raise ShapeError(f"a block size that is a multiple of 16 expected, got {block_size}")
-        rows = np.zeros((num_blocks * block_size, latent + rotary), dtype)
-        return ReferenceLatentCache(rows, block_size, latent)
+        shape = (num_blocks * block_size, latent + rotary)
+        return [ReferenceLatentCache(np.zeros(shape, dtype), block_size, latent) for _ in range(layers)]
 
     def pack_heads(self, heads: Iterable[QuantizedMatrix]) -> ReferenceHeads:
         matrices = list(heads)

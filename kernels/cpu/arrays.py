@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
+from flm.kernels.cpu.arena import LINE
 from flm.kernels.cpu.pack import Take
 from flm.kernels.errors import DTypeError, ShapeError
 
@@ -22,7 +26,8 @@ PARAMETERS = (
 
 @dataclass(frozen=True, eq=False)
 class CpuCache:
-    """k [blocks, J, D, block size], v [blocks, J, block size, D rounded up to 16]; float32 or float16."""
+    """k [blocks, J, D, block size], v [blocks, J, block size, D rounded up to 16]; float32 or float16. A layer's part of
+    each block: contiguous, and `stride` bytes from block to block, for k as for v."""
 
     k: Array
     v: Array
@@ -42,6 +47,10 @@ class CpuCache:
     @property
     def head_dim(self) -> int:
         return int(self.k.shape[2])
+
+    @property
+    def stride(self) -> int:
+        return int(self.k.strides[0])
 
     @property
     def nbytes(self) -> int:
@@ -83,14 +92,38 @@ def check_cache(block_size: int, dtype: np.dtype[Any]) -> None:
         raise DTypeError(f"a float32 or float16 cache expected, got {dtype}")
 
 
-def make_cache(
-    take: Take, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: np.dtype[Any]
-) -> CpuCache:
-    """A cache in memory from `take`, which must read as zeros."""
+def make_caches(
+    take: Take,
+    layers: int,
+    num_blocks: int,
+    block_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: np.dtype[Any],
+) -> list[CpuCache]:
+    """A cache for each layer, in memory from `take`, which must read as zeros."""
     check_cache(block_size, dtype)
-    k = take((num_blocks, kv_heads, head_dim, block_size), dtype)
-    v = take((num_blocks, kv_heads, block_size, -(-head_dim // 16) * 16), dtype)
-    return CpuCache(k, v)
+    k_shape = (kv_heads, head_dim, block_size)
+    v_shape = (kv_heads, block_size, -(-head_dim // 16) * 16)
+    parts = iter(interleaved(take, num_blocks, [k_shape, v_shape] * layers, dtype))
+    return [CpuCache(k, v) for k, v in zip(parts, parts, strict=True)]
+
+
+def interleaved(
+    take: Take, num_blocks: int, shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any]
+) -> list[Array]:
+    """For each of `shapes` an array [num_blocks, *shape], whose blocks of the same number lie side by side: memory comes
+    in large pages, and the first blocks touch few of them, not one for each array."""
+    per_line = LINE // dtype.itemsize
+    counts = [prod(shape) for shape in shapes]
+    starts = list(accumulate((-(-count // per_line) * per_line for count in counts), initial=0))
+    memory = take((num_blocks, starts[-1]), dtype)
+    return [
+        memory[:, start : start + count].reshape(
+            num_blocks, *shape
+        )  # a view: each block's part is contiguous
+        for start, count, shape in zip(starts, counts, shapes, strict=False)
+    ]
 
 
 def sampling_fields(batch: SamplingBatch, rows: int) -> list[int]:

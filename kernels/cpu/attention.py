@@ -21,12 +21,12 @@ from flm.kernels.cpu.vector import exp_sum, maximum
 @njit
 def _scores(row, rows, q, table, blocks, j, scores, stride):  # type: ignore
     """scores[r, position] = q[r] . k[position], for `rows` rows over `blocks` blocks."""
-    J, D, bs, half = row[6], row[7], row[9], row[10]
+    D, bs, half = row[7], row[9], row[10]
     size = 4 - 2 * half
     for r in range(rows):
         fill(scores + r * stride, blocks * bs, 0.0)
     for b in range(blocks):
-        k = row[11] + (np.int64(table[b]) * J + j) * D * bs * size
+        k = row[11] + np.int64(table[b]) * row[23] + j * D * bs * size
         call_leaf(row[21], (rows, bs, k, bs * size, q, D * 4, D, scores + b * bs * 4, stride))
 
 
@@ -34,14 +34,14 @@ def _scores(row, rows, q, table, blocks, j, scores, stride):  # type: ignore
 def _values(row, rows, weights, stride, lengths, table, j, out):  # type: ignore
     """out[r] += the first lengths[r] positions of weight * v. All rows share what all of them see; the rest, a few
     positions at the end of a chunk of prompt, goes row by row, so that nobody multiplies by what he must not see."""
-    J, Dp, bs, half = row[6], row[8], row[9], row[10]
+    Dp, bs, half = row[8], row[9], row[10]
     size = 4 - 2 * half
     shared = lengths[0]
     for r in range(rows):
         shared = min(shared, lengths[r])
     position = 0
     while position < shared:
-        v = row[12] + (np.int64(table[position // bs]) * J + j) * bs * Dp * size
+        v = row[12] + np.int64(table[position // bs]) * row[23] + j * bs * Dp * size
         k = min(bs, shared - position)
         call_leaf(row[21], (rows, Dp, v, Dp * size, weights + position * 4, stride, k, out, Dp * 4))
         position += bs
@@ -49,7 +49,7 @@ def _values(row, rows, weights, stride, lengths, table, j, out):  # type: ignore
         position = shared
         while position < lengths[r]:
             b, offset = position // bs, position % bs
-            v = row[12] + ((np.int64(table[b]) * J + j) * bs + offset) * Dp * size
+            v = row[12] + np.int64(table[b]) * row[23] + (j * bs + offset) * Dp * size
             k = min(bs - offset, lengths[r] - position)
             at = weights + r * stride + position * 4
             call_leaf(row[21], (1, Dp, v, Dp * size, at, stride, k, out + r * Dp * 4, Dp * 4))
@@ -133,7 +133,7 @@ def _task(row, i, work):  # type: ignore
 def paged_attention(address, worker):  # type: ignore
     """row: 1 q, 2 T, 3 seq index, 4 positions, 5 H, 6 J, 7 D, 8 Dp, 9 block size, 10 half, 11 k cache, 12 v cache, 13 out,
     14 block tables, 15 B, 16 S, 17 scale, 18 tokens per tile, 19 scratch, 20 bytes of it per worker, 21 leaf for products
-    with the cache's dtype, 22 slopes by head or 0."""
+    with the cache's dtype, 22 slopes by head or 0, 23 bytes from block to block of either cache."""
     row = i64_at(address, ROW_WIDTH)
     tasks = (row[2] + row[18] - 1) // row[18] * row[6]
     i = next_task(row)

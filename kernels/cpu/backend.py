@@ -20,7 +20,7 @@ from flm.kernels.cpu.arrays import (
     check,
     columns,
     float_bits,
-    make_cache,
+    make_caches,
     sampling_fields,
 )
 from flm.kernels.cpu.classic_calls import ClassicCalls
@@ -58,10 +58,17 @@ class CpuBackend(HostMemory, AdapterCalls, ClassicCalls, ExpertCalls, LatentCall
     def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> CpuMatrix:
         return pack(matrix, self._arena.take)
 
-    def kv_cache(
-        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
-    ) -> CpuCache:
-        return make_cache(self._arena.take, num_blocks, block_size, kv_heads, head_dim, np.dtype(dtype))
+    def kv_caches(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Any = np.float32,
+    ) -> list[CpuCache]:
+        take = self._arena.take
+        return make_caches(take, layers, num_blocks, block_size, kv_heads, head_dim, np.dtype(dtype))
 
     def linear(
         self,
@@ -160,7 +167,7 @@ class CpuBackend(HostMemory, AdapterCalls, ClassicCalls, ExpertCalls, LatentCall
                 float_bits(head_norm.eps),
             ]
         )
-        row += [*norms, 0 if q_scale_P is None else check("q_scale", q_scale_P, (P,))]
+        row += [*norms, 0 if q_scale_P is None else check("q_scale", q_scale_P, (P,)), cache.stride]
         keep = (
             qkv_TC, positions_T, slots_T, cos_PR, sin_PR, cache, q_out_THD, scratch, head_norm, q_scale_P,
         )  # fmt: skip
@@ -208,7 +215,7 @@ class CpuBackend(HostMemory, AdapterCalls, ClassicCalls, ExpertCalls, LatentCall
             area,
         ]
         row += [self._leaves[f"plain_{cache.k.dtype.name}"]]
-        row += [0 if slopes_H is None else check("slopes", slopes_H, (H,))]
+        row += [0 if slopes_H is None else check("slopes", slopes_H, (H,)), cache.stride]
         keep = (q_THD, cache, block_tables_SB, seq_index_T, positions_T, out_THD, scratch, slopes_H)
         self._emit("paged_attention", row, *keep, workers=min(self.threads, -(-T // tile) * J))
 

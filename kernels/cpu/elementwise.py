@@ -119,16 +119,16 @@ def _rope_token(row, t):  # type: ignore
             normed(head, spare, D, row[19], float_of_bits(row[20]))
             head = spare
         turn_head(f32_at(head, D), turned, D, R, cos, sin)
-        store_head(row[14] + ((block * J + j) * D * bs + offset) * size, bs, half, turned, D)
+        store_head(row[14] + block * row[22] + (j * D * bs + offset) * size, bs, half, turned, D)
         v = f32_at(base + (H + J + j) * D * 4, D)
-        store_head(row[15] + ((block * J + j) * bs + offset) * Dp * size, 1, half, v, D)
+        store_head(row[15] + block * row[22] + (j * bs + offset) * Dp * size, 1, half, v, D)
 
 
 @cfunc(OP, cache=True)
 def rope_kv_write(address, worker):  # type: ignore
     """row: 1 qkv, 2 T, 3 positions, 4 slots, 5 H, 6 J, 7 D, 8 R, 9 Dp, 10 block size, 11 half, 12 cos, 13 sin, 14 k cache,
     15 v cache, 16 q out, 17 scratch [T, 2, D], 18 norm of q or 0, 19 norm of k or 0, 20 their eps, 21 q's scale by position
-    or 0."""
+    or 0, 22 bytes from block to block of either cache."""
     row = i64_at(address, ROW_WIDTH)
     size = span(row, row[2])
     first = next_task(row) * size

@@ -77,13 +77,14 @@ def _write_token(row, t):  # type: ignore
     for i in range(L, Lp):
         entry[i] = 0.0
     turn_head(f32_at(kv + L * 4, D), entry[Lp:], D, R, cos, sin)
-    store_head(row[17] + slot * (Lp + D) * size, 1, half, entry, Lp + D)
+    block, offset, width = slot // row[21], slot % row[21], Lp + D
+    store_head(row[17] + block * row[20] + offset * width * size, 1, half, entry, Lp + D)
 
 
 @cfunc(OP, cache=True)
 def latent_rope_write(address, worker):  # type: ignore
     """row: 1 q, 2 kv, 3 T, 4 H, 5 N, 6 L, 7 D, 8 L padded, 9 scratch [T, L padded + D], 10 half, 11 norm, 12 eps, 13 positions, 14 slots,
-    15 cos, 16 sin, 17 cache, 18 plain q out, 19 rotated q out."""
+    15 cos, 16 sin, 17 cache, 18 plain q out, 19 rotated q out, 20 bytes from block to block of the cache, 21 block size."""
     row = i64_at(address, ROW_WIDTH)
     size = span(row, row[3])
     first = next_task(row) * size
@@ -97,10 +98,10 @@ def latent_rope_write(address, worker):  # type: ignore
 @njit
 def _block_floats(row, block, count, buffer):  # type: ignore
     """The address of a block's first `count` rows as float32."""
-    width, bs = row[9], row[10]
+    width, source = row[7] + row[8], row[12] + block * row[9]
     if row[11] == 0:
-        return row[12] + block * bs * width * 4
-    source, target = row[12] + block * bs * width * 2, f32_at(buffer, count * width)
+        return source
+    target = f32_at(buffer, count * width)
     for i in range(count * width):
         target[i] = load_half(source + i * 2)
     return buffer
@@ -109,7 +110,7 @@ def _block_floats(row, block, count, buffer):  # type: ignore
 @njit
 def _scores(row, rows, lanes, q, table, longest, buffer, piece, scores, stride):  # type: ignore
     """scores[r, position] for `rows` query rows; q [width, lanes]."""
-    width, bs = row[9], row[10]
+    width, bs = row[7] + row[8], row[10]
     for b in range((longest + bs - 1) // bs):
         count = min(bs, longest - b * bs)
         keys = _block_floats(row, np.int64(table[b]), count, buffer)
@@ -125,12 +126,12 @@ def _scores(row, rows, lanes, q, table, longest, buffer, piece, scores, stride):
 @njit
 def _run_values(row, rows, weights, stride, start, stop, table, out):  # type: ignore
     """out[r] += weight * latent over positions start .. stop."""
-    Lp, width, bs = row[8], row[9], row[10]
+    Lp, width, bs = row[8], row[7] + row[8], row[10]
     size, position = 4 - 2 * row[11], start
     while position < stop:
         b, offset = position // bs, position % bs
         k = min(bs - offset, stop - position)
-        v = row[12] + (np.int64(table[b]) * bs + offset) * width * size
+        v = row[12] + np.int64(table[b]) * row[9] + offset * width * size
         call_leaf(row[22], (rows, Lp, v, width * size, weights + position * 4, stride, k, out, Lp * 4))
         position += k
 
@@ -175,7 +176,7 @@ def _run(row, t0, n, sequence, h0, heads, work):  # type: ignore
 
     work: lengths [rows] int64, q [width, lanes], block [bs, width], piece [bs, lanes], out and sums [MAX_TOKENS, Lp + 1],
     scores [rows, padded positions]."""
-    H, L, Lp, width, bs, B = row[5], row[6], row[8], row[9], row[10], row[15]
+    H, L, Lp, width, bs, B = row[5], row[6], row[8], row[7] + row[8], row[10], row[15]
     rows, positions = n * heads, i32_at(row[4], row[17])
     table, lanes, stride = i32_at(row[14] + sequence * B * 4, B), (rows + 15) // 16 * 16, B * bs * 4
     q = work + lanes * 8
@@ -218,7 +219,7 @@ def _task(row, i, work):  # type: ignore
 
 @cfunc(OP, cache=True)
 def latent_attention(address, worker):  # type: ignore
-    """row: 1 latent q, 2 rotated q, 3 seq index, 4 positions, 5 H, 6 L, 7 D, 8 L padded, 9 L padded + D, 10 block size,
+    """row: 1 latent q, 2 rotated q, 3 seq index, 4 positions, 5 H, 6 L, 7 D, 8 L padded, 9 bytes from block to block, 10 block size,
     11 half, 12 cache, 13 out, 14 block tables, 15 B, 16 scale, 17 T, 18 tokens per tile, 19 heads per part, 20 scratch,
     21 bytes of it per worker, 22 leaf for products with the cache's dtype, 23 leaf for float32."""
     row = i64_at(address, ROW_WIDTH)

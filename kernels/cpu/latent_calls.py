@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flm.kernels.cpu.arrays import I32, address, check, check_cache, columns, float_bits
+from flm.kernels.cpu.arrays import I32, address, check, check_cache, columns, float_bits, interleaved
 from flm.kernels.cpu.emitter import SMALL, Emitter
 from flm.kernels.cpu.matrix_table import LINE, MatrixTable, matrix_table
 from flm.kernels.cpu.microkernels import MAX_TOKENS
@@ -23,7 +23,8 @@ TILE_ROWS = 48  # query rows of one attention task
 
 @dataclass(frozen=True, eq=False)
 class CpuLatentCache:
-    """rows [blocks, block size, L rounded up to 16 + D], float32 or float16; the padding is zero where a row is written."""
+    """rows [blocks, block size, L rounded up to 16 + D], float32 or float16; the padding is zero where a row is written.
+    Blocks are contiguous, `stride` bytes from one to the next."""
 
     rows: Array
     latent: int
@@ -36,6 +37,10 @@ class CpuLatentCache:
     @property
     def block_size(self) -> int:
         return int(self.rows.shape[1])
+
+    @property
+    def stride(self) -> int:
+        return int(self.rows.strides[0])
 
     @property
     def nbytes(self) -> int:
@@ -63,13 +68,20 @@ class LatentCalls(Emitter):
     def _load_latent_ops(self) -> None:
         self._load_ops("latent_attention", "latent")
 
-    def latent_cache(
-        self, num_blocks: int, block_size: int, latent: int, rotary: int, dtype: Any = np.float32
-    ) -> CpuLatentCache:
+    def latent_caches(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        latent: int,
+        rotary: int,
+        dtype: Any = np.float32,
+    ) -> list[CpuLatentCache]:
         check_cache(block_size, np.dtype(dtype))
         self._load_latent_ops()
-        rows = self._arena.take((num_blocks, block_size, _padded(latent) + rotary), np.dtype(dtype))
-        return CpuLatentCache(rows, latent, rotary)
+        shapes = [(block_size, _padded(latent) + rotary)] * layers
+        arrays = interleaved(self._arena.take, num_blocks, shapes, np.dtype(dtype))
+        return [CpuLatentCache(rows, latent, rotary) for rows in arrays]
 
     def pack_heads(self, heads: Iterable[QuantizedMatrix]) -> CpuHeads:
         self._load_latent_ops()
@@ -121,6 +133,7 @@ class LatentCalls(Emitter):
         row += [check("positions", positions_T, (T,), I32), check("slots", slots_T, (T,), I32)]
         row += [check("cos", cos_PR, (P, R)), check("sin", sin_PR, (P, R)), address(cache.rows)]
         row += [check("q_plain", q_plain_THN, (T, H, N)), check("q_rope", q_rope_THD, (T, H, D))]
+        row += [cache.stride, cache.block_size]
         keep = (q_THC, kv_TC, norm_L, positions_T, slots_T, cos_PR, sin_PR, cache, q_plain_THN, q_rope_THD)
         self._emit("latent_rope_write", row, *keep, scratch, workers=self._workers(q_THC.size, SMALL))
 
@@ -148,7 +161,7 @@ class LatentCalls(Emitter):
         scratch = self._scratch(area * self.threads)
         row = [check("q_latent", q_latent_THL, (T, H, L)), check("q_rope", q_rope_THD, (T, H, D))]
         row += [check("seq_index", seq_index_T, (T,), I32), check("positions", positions_T, (T,), I32)]
-        row += [H, L, D, padded, width, bs, int(cache.rows.dtype == np.float16), address(cache.rows)]
+        row += [H, L, D, padded, cache.stride, bs, int(cache.rows.dtype == np.float16), address(cache.rows)]
         row += [check("out", out_THL, (T, H, L)), check("block_tables", block_tables_SB, (S, B), I32), B]
         row += [float_bits(scale), T, tile, part, address(scratch), area]
         row += [self._leaves[f"plain_{cache.rows.dtype.name}"], self._leaves["plain_float32"]]

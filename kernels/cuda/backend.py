@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,15 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, Recurren
     def pack(self, matrix: QuantizedMatrix | StoredMatrix) -> CudaMatrix:
         return pack(matrix, self.activation, self.device)
 
-    def kv_cache(
-        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = np.float32
-    ) -> CudaCache:
+    def kv_caches(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: Any = np.float32,
+    ) -> list[CudaCache]:
         """float32 stands for the activations' type, which keys and values have; int8 halves it."""
         kind = (
             self.activation
@@ -81,7 +88,8 @@ class CudaBackend(AdapterCalls, ClassicCalls, ExpertCalls, LatentCalls, Recurren
             if isinstance(dtype, str)
             else np.dtype(dtype).name
         )
-        return rope.kv_cache(self.device, num_blocks, block_size, kv_heads, head_dim, kind)
+        make = partial(rope.kv_cache, self.device, num_blocks, block_size, kv_heads, head_dim, kind)
+        return [make() for _ in range(layers)]
 
     @contextmanager
     def capture(self) -> Iterator[CudaGraph]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -202,12 +203,19 @@ class LatentCalls(OpCalls):
 
     _latent_spaces: dict[tuple[int, int, int], LatentSpace]
 
-    def latent_cache(
-        self, num_blocks: int, block_size: int, latent: int, rotary: int, dtype: Any = np.float32
-    ) -> CudaLatentCache:
+    def latent_caches(
+        self,
+        layers: int,
+        num_blocks: int,
+        block_size: int,
+        latent: int,
+        rotary: int,
+        dtype: Any = np.float32,
+    ) -> list[CudaLatentCache]:
         """float32 stands for the activations' type."""
         kind = self.activation if dtype == np.float32 else str(dtype)
-        return latent_cache(self.device, num_blocks, block_size, latent, rotary, kind)
+        make = partial(latent_cache, self.device, num_blocks, block_size, latent, rotary, kind)
+        return [make() for _ in range(layers)]
 
     def pack_heads(self, heads: Iterable[QuantizedMatrix]) -> CudaGroup:
         host: Any = HostArrays()

@@ -23,7 +23,7 @@ class Batch:
     def __init__(self, cpu, exact, rng, case, dtype) -> None:
         self.heads, self.kv, self.dim, bs, lengths, new = case
         step = self.step = PagedStep(rng, bs, lengths, new)
-        self.caches = [b.kv_cache(step.count, bs, self.kv, self.dim, dtype) for b in (cpu, exact)]
+        self.caches = [b.kv_caches(3, step.count, bs, self.kv, self.dim, dtype)[1] for b in (cpu, exact)]
         self.caches[0].k[...] = np.nan  # what nobody wrote must not matter
         self.caches[0].v[...] = np.nan
         for slots in step.slots:

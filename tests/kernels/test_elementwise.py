@@ -59,7 +59,7 @@ def test_rope_kv_write(cpu, exact, rng, dtype, heads, kv, dim, half):
         positions = rng.integers(0, 50, tokens).astype(np.int32)
         slots = rng.permutation(10 * 16)[:tokens].astype(np.int32)
         slots[tokens // 2 + 1 :: 3] = -1
-        caches = [b.kv_cache(10, 16, kv, dim, dtype) for b in (cpu, exact)]
+        caches = [b.kv_caches(3, 10, 16, kv, dim, dtype)[1] for b in (cpu, exact)]
         got, want = cpu.empty((tokens, heads, dim)), np.empty((tokens, heads, dim))
         cpu.rope_kv_write(qkv, positions, slots, cos, sin, caches[0], got)
         exact.rope_kv_write(qkv, positions, slots, cos, sin, caches[1], want)
@@ -81,7 +81,7 @@ def test_heads_are_normed_before_they_turn_and_q_is_scaled_after(cpu, exact, rng
         qkv = rng.standard_normal((tokens, (heads + 2 * kv) * dim)).astype(np.float32) * 4
         positions = rng.integers(0, 50, tokens).astype(np.int32)
         slots = rng.permutation(10 * 16)[:tokens].astype(np.int32)
-        caches = [b.kv_cache(10, 16, kv, dim) for b in (cpu, exact)]
+        caches = [b.kv_caches(2, 10, 16, kv, dim)[1] for b in (cpu, exact)]
         got, want = cpu.empty((tokens, heads, dim)), np.empty((tokens, heads, dim))
         cpu.rope_kv_write(qkv, positions, slots, cos, sin, caches[0], got, norm, scales)
         exact.rope_kv_write(qkv, positions, slots, cos, sin, caches[1], want, norm, scales)
@@ -117,4 +117,4 @@ def test_wrong_arguments(cpu):
     with pytest.raises(ShapeError):
         cpu.silu_mul(np.zeros((2, 30), np.float32), np.zeros((2, 16), np.float32))
     with pytest.raises(ShapeError, match="multiple of 16"):
-        cpu.kv_cache(4, 8, 1, 64)
+        cpu.kv_caches(1, 4, 8, 1, 64)

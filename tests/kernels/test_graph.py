@@ -52,7 +52,7 @@ def make(backend, rng, tokens=5, hidden=64, heads=4, kv=2, dim=16, inner=96, voc
     arrays |= {"cos": rng.random((64, dim // 2), np.float32), "sin": rng.random((64, dim // 2), np.float32)}
     arrays |= {"tables": np.array([[1, 0]], np.int32), "index": np.zeros(tokens, np.int32)}
     arrays |= {"rows": np.array([tokens - 1], np.int32)}
-    return packed, arrays, backend.kv_cache(4, 16, kv, dim)
+    return packed, arrays, backend.kv_caches(1, 4, 16, kv, dim)[0]
 
 
 @pytest.mark.parametrize("which", ["cpu", "cpu1", "exact"])

@@ -24,7 +24,9 @@ class Batch:
     def __init__(self, cpu, exact, rng, case, dtype) -> None:
         self.heads, self.latent, self.rotary, bs, lengths, new = case
         step = self.step = PagedStep(rng, bs, lengths, new)
-        self.caches = [b.latent_cache(step.count, bs, self.latent, self.rotary, dtype) for b in (cpu, exact)]
+        self.caches = [
+            b.latent_caches(3, step.count, bs, self.latent, self.rotary, dtype)[1] for b in (cpu, exact)
+        ]
         self.caches[0].rows[...] = np.nan  # what nobody wrote must not matter
         norm = rng.standard_normal(self.latent).astype(np.float32)
         for slots in step.slots:
@@ -87,7 +89,7 @@ def test_latent_rope_write(cpu, exact, rng, dtype, heads, plain, latent, rotary)
         slots[tokens // 2 + 1 :: 3] = -1
         results = []
         for backend in (cpu, exact):
-            cache = backend.latent_cache(10, 16, latent, rotary, dtype)
+            cache = backend.latent_caches(3, 10, 16, latent, rotary, dtype)[1]
             outs = np.empty((tokens, heads, plain), np.float32), np.empty((tokens, heads, rotary), np.float32)
             backend.latent_rope_write(q, kv, norm, 1e-6, positions, slots, *tables, cache, *outs)
             rows = cache.rows.reshape(160, -1)
@@ -132,8 +134,8 @@ def test_a_captured_program_follows_its_inputs(cpu, exact, rng):
 
 def test_wrong_shapes_are_told(cpu):
     with pytest.raises(ShapeError, match="multiple of 16"):
-        cpu.latent_cache(4, 12, 16, 8)
+        cpu.latent_caches(1, 4, 12, 16, 8)
     with pytest.raises(DTypeError, match="float32 or float16"):
-        cpu.latent_cache(4, 16, 16, 8, np.float64)
+        cpu.latent_caches(1, 4, 16, 16, 8, np.float64)
     with pytest.raises(ShapeError, match="one shape"):
         cpu.pack_heads([from_float(np.zeros((2, 3), np.float32)), from_float(np.zeros((3, 2), np.float32))])

@@ -57,15 +57,15 @@ def make_caches(
 ) -> list[KVCache] | list[LatentCache] | list[RecurrentState]:
     """One cache per layer; for recurrent ones a state of each of `sequences` sequences. Raises InvalidRequest for a dtype
     that latents cannot have."""
-    a, layers = shard.model.attention, range(shard.model.layers)
+    a, layers = shard.model.attention, shard.model.layers
     if a.recurrent:
-        return [recurrent_state(backend, shard, sequences) for _ in layers]
+        return [recurrent_state(backend, shard, sequences) for _ in range(layers)]
     if a.latent is not None:
         ops, c = latent_ops(backend), a.latent
         if dtype == "int8":
             raise InvalidRequest(
                 "kv_cache.dtype", "expected auto for a model whose cache is latents, got int8"
             )
-        return [ops.latent_cache(num_blocks, block_size, c.rank, c.rotary, dtype) for _ in layers]
+        return list(ops.latent_caches(layers, num_blocks, block_size, c.rank, c.rotary, dtype))
     heads = shard.kv_heads.size
-    return [backend.kv_cache(num_blocks, block_size, heads, a.head_dim, dtype) for _ in layers]
+    return list(backend.kv_caches(layers, num_blocks, block_size, heads, a.head_dim, dtype))

@@ -162,10 +162,10 @@ def test_faults_of_the_write_are_seen():
 def test_what_is_refused(device):
     backend = CudaBackend(device, "bfloat16")
     assert isinstance(backend, LatentOps)
-    assert backend.latent_cache(2, 16, 512, 64).rows.dtype == numpy_dtype("bfloat16")
+    assert backend.latent_caches(1, 2, 16, 512, 64)[0].rows.dtype == numpy_dtype("bfloat16")
     with pytest.raises(DTypeError, match="float16 or bfloat16 expected, got int8"):
-        backend.latent_cache(2, 16, 512, 64, "int8")
+        backend.latent_caches(1, 2, 16, 512, 64, "int8")
     with pytest.raises(ShapeError, match="at most 512"):
-        backend.latent_cache(2, 16, 520, 64)
+        backend.latent_caches(1, 2, 16, 520, 64)
     with pytest.raises(ShapeError, match="of one shape"):
         backend.pack_heads([])

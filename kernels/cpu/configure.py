@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flm.kernels.compiled import cache_root, hold, prune_folders
 from flm.kernels.errors import KernelError, OpenMPMissing
 
 _LOCK = threading.Lock()
@@ -21,11 +23,13 @@ _LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class Kernels:
-    """run: a program [rows + 1, ROW_WIDTH], the last row for its own use, to its status. ops, leaves: addresses of the compiled functions by name."""
+    """run: a program [rows + 1, ROW_WIDTH], the last row for its own use, to its status. ops, leaves: addresses of the
+    compiled functions by name. held: what keeps their folder from being removed."""
 
     run: Callable[[NDArray[np.int64]], int]
     ops: dict[str, int]
     leaves: dict[str, int]
+    held: IO[str]
 
 
 def cache_directory() -> Path:
@@ -34,8 +38,7 @@ def cache_directory() -> Path:
     for source in sorted(Path(__file__).parent.glob("*.py")):
         # numba takes what was compiled of another copy, or before a file was written anew, for stale
         digest.update(f"{source} {source.stat().st_mtime_ns} ".encode() + source.read_bytes())
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "flm-cluster" / f"kernels-{digest.hexdigest()[:16]}"
+    return cache_root() / f"kernels-{digest.hexdigest()[:16]}"
 
 
 def is_cached() -> bool:
@@ -56,11 +59,15 @@ def load_kernels(threads: int) -> Kernels:
                 )
             numba.config.NUMBA_NUM_THREADS = threads
         _require_openmp(numba)
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
+        folder, new, installation = cache_directory(), not is_cached(), str(Path(__file__).parent)
+        held = hold(folder, installation)
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
         try:
             from flm.kernels.cpu import attention, collective, elementwise, leaves, linear, program, sampling
         finally:
             numba.config.CACHE_DIR = before
+        if new:
+            prune_folders(folder.parent, folder, installation, time.time())
     ops = [
         linear.linear,
         linear.prepare,
@@ -79,7 +86,10 @@ def load_kernels(threads: int) -> Kernels:
         return int(run_program(rows.ctypes.data, count, rows[count:].ctypes.data, threads))
 
     return Kernels(
-        run, {op.__name__: op.address for op in ops}, {leaf.__name__: leaf.address for leaf in leaves.LEAVES}
+        run,
+        {op.__name__: op.address for op in ops},
+        {leaf.__name__: leaf.address for leaf in leaves.LEAVES},
+        held,
     )
 
 

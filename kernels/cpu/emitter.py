@@ -27,6 +27,7 @@ class Emitter:
         self.threads = threads
         kernels = load_kernels(threads)
         self._run, self._ops, self._leaves = kernels.run, kernels.ops, kernels.leaves
+        self._held = kernels.held
         self._graph: CpuGraph | None = None
         self._arena = Arena()
         self._row = program_rows(1)

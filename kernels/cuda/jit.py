@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from flm.kernels.compiled import cache_root, prune_cubins, used
 from flm.kernels.cuda import nvrtc
 from flm.kernels.cuda.kernel import Kernel
 from flm.kernels.errors import UnsupportedDevice
@@ -42,12 +44,8 @@ class Compiled:
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept: $XDG_CACHE_HOME/flm-cluster/cubin, by default below ~/.cache."""
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser()
-        / "flm-cluster"
-        / "cubin"
-    )
+    """Where cubins are kept."""
+    return cache_root() / "cubin"
 
 
 def headers_of(source: str, folder: Path = FOLDER) -> dict[str, str]:
@@ -118,6 +116,8 @@ def compile_kernel(kernel: Kernel, arch: int, cache: Path | None = None, folder:
                     facts, json.dumps(known).encode()
                 )  # before the cubin, whose presence says: both are whole
                 _store(cubin, built.cubin)
+                prune_cubins(cache, time.time())
+    used(cubin)
     known = json.loads(facts.read_text())
     known.pop("kernel")
     return Compiled(cubin, **known)

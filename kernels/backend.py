@@ -181,13 +181,7 @@ class Backend(Protocol):
         ...
 
     def kv_caches(
-        self,
-        layers: int,
-        num_blocks: int,
-        block_size: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: Any = np.float32,
+        self, layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: Any = ...
     ) -> Sequence[KVCache]:
         """A zeroed cache for each layer, of one of kv_dtypes. block_size must be a multiple of 16."""
         ...

@@ -15,13 +15,13 @@ PIECE_BYTES = 4 << 20
 Array = NDArray[Any]
 
 
-def in_pieces(work: Callable[[range], None], count: int, nbytes: int) -> None:
+def in_pieces(work: Callable[[range], None], count: int, nbytes: int, threads: int = THREADS) -> None:
     """work(range) over 0..count in pieces of about 4 MB, where the whole takes `nbytes`."""
     if nbytes <= PIECE_BYTES:
         work(range(count))
         return
     step = max(count * PIECE_BYTES // nbytes, 1)
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(work, (range(first, min(first + step, count)) for first in range(0, count, step))):
             pass
 

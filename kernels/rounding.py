@@ -6,19 +6,22 @@ Shape legend: N outputs, K inputs, G groups of `group` inputs along K.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.copying import in_pieces
+from flm.kernels.cores import usable_cpus
 from flm.kernels.cpu.configure import load_ops
 from flm.kernels.quant import QuantizedMatrix, pack_nibbles
 
 F32 = NDArray[np.float32]
 # parts of a group's range: its outermost weights are given up for the others
 NARROWINGS = (1.0, 0.94, 0.88, 0.82, 0.75, 0.69, 0.63, 0.56)
-REFITS = 3
+FEW_NARROWINGS = (1.0, 0.87, 0.74)
+REFITS, EVEN_REFITS = 3, 2
 TOP = 15
 DAMPING = 0.01  # of the mean of the diagonal, as is usual
 TOGETHER = 64  # inputs whose errors are carried on to the rest at once
@@ -30,22 +33,37 @@ def round_weighted(values_NK: NDArray[np.float32], group: int, weight_K: F32) ->
     weight: mean squares of the inputs, so that this sum is the expected squared error of an output whose inputs are
     uncorrelated. Scale and offset begin at several narrowings of a group's range, and are fitted to the codes by weighted least
     squares in turn (as llama.cpp's importance matrices are used)."""
-    (n, k), spare = values_NK.shape, -values_NK.shape[1] % group
-    scales, offsets = (_stored(values) for values in _searched(values_NK, group, weight_K))
-    codes = np.zeros((n, k + spare), np.uint8)
+    return _nearest(values_NK, group, *_searched(values_NK, group, weight_K))
 
-    def fill(rows: range) -> None:
-        part = slice(rows.start, rows.stop)
-        wide = [
-            np.repeat(values[part].astype(np.float32), group, axis=1)[:, :k] for values in (scales, offsets)
-        ]
-        levels = (values_NK[part] - wide[1]) / np.where(wide[0] == 0, np.float32(1), wide[0])
-        codes[part, :k] = np.rint(levels).clip(0, TOP)
 
-    in_pieces(fill, n, values_NK.nbytes)
+def round_even(values_NK: F32, group: int) -> QuantizedMatrix:
+    """A float32 matrix as int4 with little squared error in every group, for inputs of which nothing is known: the best of a few
+    ranges, each fitted to its codes by least squares. The same on every machine, and in one thread: it is done while matrices are read,
+    which goes on in several."""
+    n, groups = len(values_NK), -(-values_NK.shape[1] // group)
+    values, narrowings = np.ascontiguousarray(values_NK, np.float32), np.array(FEW_NARROWINGS, np.float32)
+    scales, offsets = np.empty((n, groups), np.float32), np.empty((n, groups), np.float32)
+    _even_ops().search_even(values, group, narrowings, EVEN_REFITS, scales, offsets)
+    return _nearest(values, group, scales, offsets)
+
+
+@cache
+def _even_ops() -> Any:
+    load_ops("even_steps")
+    from flm.kernels.cpu import even_steps
+
+    return even_steps
+
+
+def _nearest(values_NK: F32, group: int, wide_scales: F32, wide_offsets: F32) -> QuantizedMatrix:
+    """The nearest codes for these steps as they are stored."""
+    scales, offsets = _stored(wide_scales), _stored(wide_offsets)
     if scales.dtype != offsets.dtype:
         scales, offsets = scales.astype(np.float32), offsets.astype(np.float32)
-    return QuantizedMatrix("int4", (n, k), pack_nibbles(codes), group, scales, offsets)
+    packed = np.empty((len(values_NK), scales.shape[1] * group // 2), np.uint8)
+    steps = scales.astype(np.float32), offsets.astype(np.float32)
+    _even_ops().encode(np.ascontiguousarray(values_NK, np.float32), group, *steps, packed)
+    return QuantizedMatrix("int4", values_NK.shape, packed, group, scales, offsets)
 
 
 def _searched(values_NK: F32, group: int, weight_K: F32) -> tuple[F32, F32]:
@@ -65,7 +83,7 @@ def _searched(values_NK: F32, group: int, weight_K: F32) -> tuple[F32, F32]:
         part = slice(rows.start, rows.stop)
         search(values[part], weight, group, narrowings, REFITS, scales[part], offsets[part])
 
-    in_pieces(work, n, values.nbytes)
+    in_pieces(work, n, values.nbytes, usable_cpus())
     return scales, offsets
 
 
@@ -78,7 +96,7 @@ def round_compensated(values_NK: F32, group: int, moments_KK: F32) -> QuantizedM
     """A float32 matrix as int4, each input's error made good by the inputs that are rounded after it.
 
     moments: mean of x xᵀ over the inputs x, so that error · moments · errorᵀ is the expected squared error of an output. GPTQ
-    (arXiv:2210.17323), inputs with the largest mean squares first; the groups' scales and offsets are those of round_weighted."""
+    (arXiv:2210.17323), inputs with the largest mean squares first, with the groups' scales and offsets of round_weighted."""
     load_ops("steps")
     from flm.kernels.cpu.steps import compensate
 
@@ -99,7 +117,7 @@ def round_compensated(values_NK: F32, group: int, moments_KK: F32) -> QuantizedM
             tables = scales[part], offsets[part], order // group, ordered[part], errors[part]
             compensate(left[part], start, stop, factor, *tables)
 
-        in_pieces(work, n, left.nbytes)
+        in_pieces(work, n, left.nbytes, usable_cpus())
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     codes = np.zeros((n, scales.shape[1] * group), np.uint8)
     codes[:, order] = ordered
@@ -108,14 +126,21 @@ def round_compensated(values_NK: F32, group: int, moments_KK: F32) -> QuantizedM
 
 def _inverse_factor(moments: F32) -> F32:
     """The upper U with Uᵀ U = moments⁻¹. Some of the mean is added to the diagonal, more where that is not enough."""
-    mean, damping = max(float(moments.diagonal().mean()), 1e-20), DAMPING
+    damping = DAMPING
     while True:
-        damped = moments + np.eye(len(moments), dtype=np.float32) * np.float32(damping * mean)
         try:
-            lower = np.linalg.cholesky(damped[::-1, ::-1])
+            lower = np.linalg.cholesky(_damped(moments, damping)[::-1, ::-1])
             return _inverse_upper(np.ascontiguousarray(lower[::-1, ::-1]))
         except np.linalg.LinAlgError:
             damping *= 10
+
+
+def _damped(moments: F32, damping: float) -> F32:
+    damped = np.array(moments, np.float32)
+    damped.reshape(-1)[:: len(moments) + 1] += np.float32(
+        damping * max(float(moments.diagonal().mean()), 1e-20)
+    )
+    return damped
 
 
 def _inverse_upper(upper: F32) -> F32:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flm.kernels.quant import QuantizedMatrix, concat_rows, from_float, quantize, same_order
+from flm.kernels.rounding import round_even
 from flm.kernels.stored import StoredMatrix, stacked_below
 from flm.worker.canonical import EXACT, VOCABULARY
 from flm.worker.errors import ConfigError
@@ -68,7 +69,9 @@ def convert(matrix: QuantizedMatrix, format: str, group: int) -> QuantizedMatrix
         return matrix
     if format == "int8" and matrix.format == "int4":
         return _as_int8(matrix)
-    if format in ("int8", "int4"):
+    if format == "int4":
+        return round_even(matrix.dequantize(), group)
+    if format == "int8":
         return quantize(matrix.dequantize() if matrix.scales is not None else matrix.codes, format, group)
     if matrix.scales is None:
         return from_float(matrix.codes, format)

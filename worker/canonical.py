@@ -15,7 +15,8 @@ EMBEDDING_NORM = "model.embed_norm"
 SANDWICH_NORMS = ("post_self_attn_layernorm", "post_mlp_layernorm")  # as GLM-4-0414 calls them
 VOCABULARY = (EMBEDDING, LM_HEAD)
 # never rounded while loading: what chooses experts, and what is turned round before it is multiplied with
-EXACT = (".mlp.gate.weight", ".mlp.shared_gate.weight", ".self_attn.kv_b_proj.weight")
+ROUTERS = (".mlp.gate.weight", ".mlp.shared_gate.weight")
+EXACT = (*ROUTERS, ".self_attn.kv_b_proj.weight")
 
 
 @dataclass(frozen=True)

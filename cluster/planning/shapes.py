@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flm.worker.adapters.adapter import Adapter, AdapterSource, open_adapters
-from flm.worker.canonical import EMBEDDING, decoder_tensors
+from flm.worker.canonical import EMBEDDING, ROUTERS, VOCABULARY, decoder_tensors
 from flm.worker.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from flm.worker.checkpoints.weights import shard_spec
 from flm.worker.config import ModelConfig, ShardSpec
@@ -17,6 +17,8 @@ from flm.worker.families import registry
 from flm.worker.files.json_fields import read_json
 from flm.worker.files.paths import resolve_model_path
 from flm.worker.files.safetensors_file import why_pickles
+from flm.worker.packing.config import read_packing, said_storage
+from flm.worker.packing.module import Packing
 from flm.worker.tensors.precision import parse_quantization
 from flm.worker.tensors.tensor_source import Storage
 
@@ -73,7 +75,8 @@ class Shapes:
         if self.checkpoint is not None:
             return shard_spec(self.checkpoint, tensor_parallel, rank, quantization, expert_parallel)
         precision = parse_quantization(quantization)
-        group = precision.group if precision.format in ("int4", "int8") else 1
+        stored = max(weight.storage.group for weight in self.weights)
+        group = precision.group if precision.format in ("int4", "int8") else max(stored, 1)
         return ShardSpec(self.config, tensor_parallel, rank, group, expert_parallel)
 
     def adapters(self, sources: Sequence[AdapterSource]) -> tuple[Adapter, ...]:
@@ -99,15 +102,23 @@ def read_shapes(path: str) -> Shapes:
     dtype = fields.get("torch_dtype") or fields.get("dtype") or "bfloat16"
     if dtype not in FLOAT_BITS:
         raise fields.fail(f"torch_dtype: one of {', '.join(FLOAT_BITS)} expected, found {dtype!r}")
-    config = registry.read_config(found)[0]
-    weights = _decoder(config, dict.fromkeys(decoder_tensors(config), Storage.of_floats(dtype, 0)))
+    config, packing = registry.read_config(found)[0], read_packing(fields)
+    specs, plain = decoder_tensors(config), Storage.of_floats(dtype, 0)
+    storage = {name: _said_storage(packing, name, spec.shape) or plain for name, spec in specs.items()}
+    weights = _decoder(config, storage)
     return Shapes(
         config,
         weights,
-        dtype,
+        max(weights, key=lambda weight: weight.elements * ("layers" in weight.name)).storage.label,
         unservable=f"{found} {why_pickles(found) or 'holds config.json but no weights (*.safetensors)'}",
         place=found,
     )
+
+
+def _said_storage(packing: Packing | None, name: str, shape: tuple[int, ...]) -> Storage | None:
+    """Of what packers pack: matrices of layers, but for routers."""
+    inside = len(shape) == 2 and name not in VOCABULARY and not name.endswith(ROUTERS)
+    return said_storage(packing, shape[1]) if inside else None
 
 
 def _decoder(config: ModelConfig, storage: dict[str, Storage]) -> tuple[Weight, ...]:

@@ -22,13 +22,14 @@ from flm.worker.tensors.tensor_source import Storage
 @dataclass(frozen=True)
 class CompressedTensors:
     """Shapes say how many bits and how long groups are, for they may differ from layer to layer; `group_sizes` are those
-    that the config speaks of, for layers whose last group is shorter."""
+    that the config speaks of, for layers whose last group is shorter; so are `bits`, for plans without weights, 0 for none."""
 
     group_sizes: tuple[int, ...] = ()
     parts: tuple[str, ...] = (
         "weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_shape", "input_scale",
         "input_zero_point", "output_scale",
     )  # fmt: skip
+    bits: int = 0
 
     def packs(self, module: Module) -> bool:
         return module.has("weight_packed") or (

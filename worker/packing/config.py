@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flm.kernels.packings import FP8_BLOCK
+from flm.kernels.packings import FP8_BLOCK, unit_of
 from flm.worker.errors import CheckpointError
 from flm.worker.files.json_fields import Fields, read_json
 from flm.worker.packing.awq import AWQ
@@ -14,6 +14,7 @@ from flm.worker.packing.fp8 import FP8
 from flm.worker.packing.gptq import GPTQ
 from flm.worker.packing.module import Packing
 from flm.worker.packing.prepared import METHOD, Prepared
+from flm.worker.tensors.tensor_source import Storage
 
 SUPPORTED = (
     "gptq (4 and 8 bits)", "awq (gemm, 4 bits)", "fp8 (e4m3)",
@@ -46,6 +47,23 @@ def read_packing(config: Fields) -> Packing | None:
         if found is None and path.is_file():
             found = read_json(path)
     return None if found is None else _packing(found)
+
+
+def said_storage(packing: Packing | None, inputs: int) -> Storage | None:
+    """How such a packing keeps a layer with that many inputs, as far as config.json alone says it; None where it does not."""
+    match packing:
+        case FP8():
+            return Storage.of_groups("FP8", "fp8", FP8_BLOCK, 0, scale_bits=32 / FP8_BLOCK)
+        case GPTQ(bits, group) | CompressedTensors((group, *_), bits=bits):
+            pass
+        case AWQ(group):
+            bits = 4
+        case ChatGLM(bits) | CompressedTensors(bits=bits):
+            group = -1
+        case _:
+            return None
+    unit = unit_of(group, inputs)
+    return Storage.of_groups(f"int{bits}", f"int{bits}", unit, 0, scale_bits=64 / unit) if bits else None
 
 
 def _packing(found: Fields) -> Packing:
@@ -94,14 +112,16 @@ def _compressed(found: Fields) -> Packing:
         raise _unsupported(found, f"compressed-tensors' format {form!r}")
     if form == "float-quantized":
         return FP8()
-    sizes = []
+    sizes, bits = [], 0
     groups = found.section("config_groups")
     for name in groups.raw if groups else ():
         group = groups.section(name) if groups else None
         weights = group.section("weights") if group else None
         size = weights.get("group_size") if weights else None
         sizes += [size] if type(size) is int and size > 0 else []
-    return CompressedTensors(tuple(dict.fromkeys(sizes)))
+        said = weights.get("num_bits") if weights else None
+        bits = said if said in (4, 8) and not bits else bits
+    return CompressedTensors(tuple(dict.fromkeys(sizes)), bits=bits)
 
 
 def _bits(fields: Fields, name: str, known: tuple[int, ...]) -> int:

@@ -89,3 +89,35 @@ def test_a_mixture_reads_a_part_of_its_weights_for_a_token(tmp_path: Path) -> No
     """DeepSeek-V3 counts 37 billion active of 671."""
     shapes = shapes_of(tmp_path, V3)
     assert sum(w.elements * w.read for w in shapes.weights) == pytest.approx(37e9, rel=0.02)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64}
+W8A16 = {"weights": {"num_bits": 8, "group_size": None, "strategy": "channel"}}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": W8A16},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "label", "bits"),
+    [
+        (V3, "FP8", 8.25),
+        (QWEN3, "bfloat16", 16),
+        (QWEN3 | {"quantization_config": GPTQ}, "int4", 4.5),
+        (QWEN3 | {"quantization_config": AWQ}, "int4", 5),
+        (QWEN3 | {"quantization_config": COMPRESSED}, "int8", 8.5),
+    ],
+    ids=["fp8", "floats", "gptq", "awq", "compressed"],
+)
+def test_config_json_alone_says_how_weights_are_packed(
+    tmp_path: Path, config: dict[str, Any], label: str, bits: float
+) -> None:
+    shapes = shapes_of(tmp_path, config)
+    assert shapes.precision == label
+    held = {weight.name: weight.bits("auto") for weight in shapes.weights if weight.cols > 1}
+    outside = {held.pop(name) for name in list(held) if "layers" not in name or "mlp.gate." in name}
+    assert outside == {16}
+    assert set(held.values()) == {bits}

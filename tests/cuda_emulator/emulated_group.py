@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from cupy_arrays import memory_of
 from emulator import Array, EmulatedDevice, guarded
 from numpy.typing import NDArray
 
@@ -72,7 +73,7 @@ class EmulatedRank:
     def launch(
         self, kernel: Kernel, grid: tuple[int, ...], block: int, args: Sequence[Any], shared: int = 0
     ) -> None:
-        launch = (kernel, grid, block, args, shared)
+        launch = (kernel, grid, block, [memory_of(a) for a in args], shared)
         self.launched[kernel.name.partition("<")[0].rpartition("::")[2]] += 1
         if kernel.source == "all_reduce.cu" and not any(name in kernel.name for name in ALONE):
             self._group.launch_together(self._rank, launch)

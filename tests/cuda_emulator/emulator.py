@@ -26,6 +26,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from emulated_copies import Copies
+from launch_limits import check_limits
 from numpy.typing import NDArray
 
 from flm.kernels.cuda.jit import FOLDER, INCLUDE
@@ -271,7 +272,8 @@ class EmulatedDevice(Copies):
             self._where[kernel] = build(source, [kernel]), 0
         library = self._where[launches[0][0]][0]
         keep, rows, kinds, shapes = [], [], [], []
-        for _, grid, block, args, _ in launches:
+        for kernel, grid, block, args, shared in launches:
+            check_limits(kernel, grid, block, shared)
             values = [_argument(a) for a in args]
             keep.append(values)
             rows.append((ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v, _ in values)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from adapter_writer import random_factors, write_adapter
+from cupy_arrays import CupyLikeDevice
 from emulated_group import EmulatedGroup
 from emulator import EmulatedDevice
 from fake_cublas_lt import FakeCublasLt
@@ -31,7 +32,7 @@ PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logprobs
 
 @pytest.fixture(scope="module")
 def device() -> EmulatedDevice:
-    return EmulatedDevice([])
+    return CupyLikeDevice([])
 
 
 @pytest.fixture

@@ -56,9 +56,13 @@ class Experts:
         if (
             shared
         ):  # every token chooses them, with a weight of one; the columns before are written in every step
-            numbers = np.arange(self.always, dtype=np.int32) + shard.experts.stop
-            self._ids_TK[:, chosen:] = loading.backend.asarray(numbers)
-            self._weights_TK[:, chosen:] = 1
+            ids_TK, weights_TK = (
+                np.zeros(self._ids_TK.shape, np.int32),
+                np.ones(self._ids_TK.shape, np.float32),
+            )
+            ids_TK[:, chosen:] = np.arange(self.always) + shard.experts.stop
+            self._ids_TK[...] = loading.backend.asarray(ids_TK)
+            self._weights_TK[...] = loading.backend.asarray(weights_TK)
 
     def forward(self, h_TE: Array, delta_TE: Array, inputs: StepInputs) -> None:
         """delta = this rank's part of the experts' answers to h."""

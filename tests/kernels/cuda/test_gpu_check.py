@@ -18,7 +18,7 @@ import gpu_prompts
 import gpu_speed
 import numpy as np
 import pytest
-from emulator import EmulatedDevice
+from cupy_arrays import CupyLikeDevice
 from fake_cublas_lt import FakeCublasLt
 from kernel_checks import on_gpu
 
@@ -35,10 +35,10 @@ from flm.worker.config_parts import ExpertsConfig, LatentConfig, RopeConfig
 def device():
     if on_gpu():
         pytest.skip("benchmarks/gpu_check.py runs them for their time")
-    return EmulatedDevice([])
+    return CupyLikeDevice([])
 
 
-class Listed(EmulatedDevice):
+class Listed(CupyLikeDevice):
     """Runs nothing and knows what it was to run, so that it can be built together."""
 
     def launch(self, kernel, *_, **__):
@@ -149,7 +149,7 @@ def test_a_decode_step_repeats_itself(device):
     graph, logits = step.record(), []
     for _ in range(3):
         graph.replay()
-        logits.append(step.logits.copy())
+        logits.append(device.download(step.logits))
     assert np.isfinite(logits[0]).all() and np.array_equal(logits[0], logits[2])
     assert np.array_equal(step.sampled, logits[0].argmax(1))
     row = gpu_decode.results_of(step, 1e-3, step.nbytes * 2e3)
@@ -183,7 +183,7 @@ def test_a_dummy_model_decodes(device, model):
     graph = step.record()
     for _ in range(2):
         graph.replay()
-    logits = np.array(step.decoder._logits_SV)
+    logits = device.download(step.decoder._logits_SV)
     assert np.isfinite(logits).all() and np.array_equal(step.sampled_S, logits.argmax(1))
     experts = step.decoder.layers[-1].feed_forward
     assert (experts.shared, experts.always) == (None, 2 if "DeepSeek" in model.family else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from flm.kernels.staging import DeviceMemory
 
 Array = Any
 STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
+SHARED_STEP = 2 << 20  # bytes: what the driver cuts smaller allocations from, and would share as a whole
 MOST_STAGED = 64  # staging copies that may be under way
 NO_MEMORY = 2  # cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY
 
@@ -40,6 +42,7 @@ class CupyDevice:
         self.ordinal, self.arch = ordinal, compute_capability(facts)
         self.name, self.processors = facts["name"].decode(), int(facts["multiProcessorCount"])
         self._functions: dict[Kernel, Any] = {}
+        self._permitted: dict[Kernel, int] = {}  # bytes of dynamic shared memory
         self._staged: list[Any] = []
         self._errors = (runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError)
         self.cuda = int(runtime.runtimeGetVersion()) // 1000  # CUDA's major version
@@ -51,7 +54,10 @@ class CupyDevice:
             self._functions[kernel] = self._load(str(compiled.path), compiled.symbol)
 
     def _load(self, path: str, symbol: str) -> Any:
-        return self._cp.RawModule(path=path).get_function(symbol)
+        try:
+            return self._cp.RawModule(path=path).get_function(symbol)
+        except self._errors as e:
+            raise self._failure(e) from e
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return self._allocated(lambda: self._cp.empty(shape, self._dtype(dtype)))
@@ -156,7 +162,7 @@ class CupyDevice:
     def share(self, nbytes: int) -> tuple[int, bytes]:
         """The address of new memory, zeroed, and what another process maps it by. It lives as long as this process: handles
         stand for whole allocations, so it does not come from CuPy's pool."""
-        runtime = self._cp.cuda.runtime
+        runtime, nbytes = self._cp.cuda.runtime, -(-nbytes // SHARED_STEP) * SHARED_STEP
         try:
             address = runtime.malloc(nbytes)
             runtime.memset(address, 0, nbytes)
@@ -180,8 +186,10 @@ class CupyDevice:
         return np.uint64(memory.ptr), words
 
     def memory(self) -> DeviceMemory:
-        """As it is now; what CuPy keeps for later counts as free."""
+        """As it is now; what CuPy keeps for later counts as free. Page-locked memory, of which CuPy keeps as much as the
+        largest weights took on their way, goes back too."""
         self._cp.get_default_memory_pool().free_all_blocks()
+        self._cp.get_default_pinned_memory_pool().free_all_blocks()
         free, total = self._cp.cuda.runtime.memGetInfo()
         return DeviceMemory(self.name, int(free), int(total), self.bus)
 
@@ -208,9 +216,13 @@ class CupyDevice:
             try:
                 for call in calls:
                     call()
-            finally:
-                graph = stream.end_capture()
+            except BaseException:
+                with suppress(*self._errors):  # that the capture broke says less than why
+                    stream.end_capture()
+                raise
+            graph = stream.end_capture()
         graph.upload(stream)
+        stream.synchronize()  # launches come on another stream
         return graph
 
     def _dtype(self, dtype: Any) -> Any:
@@ -227,9 +239,9 @@ class CupyDevice:
         if function is None:
             compiled = compile_kernel(kernel, self.arch)
             function = self._functions[kernel] = self._load(str(compiled.path), compiled.symbol)
-        if shared > STATIC_SHARED and function.max_dynamic_shared_size_bytes < shared:
-            function.max_dynamic_shared_size_bytes = shared
         try:
+            if shared > self._permitted.get(kernel, STATIC_SHARED):
+                function.max_dynamic_shared_size_bytes = self._permitted[kernel] = shared
             function((*grid, 1, 1)[:3], (block, 1, 1), tuple(map(_argument, args)), shared_mem=shared)
         except self._errors as e:
             raise self._failure(e) from e

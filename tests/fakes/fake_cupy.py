@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -33,6 +33,46 @@ class FakeArray(np.ndarray):
         out[...] = self
 
 
+class FakeFunction:
+    """max_dynamic_shared_size_bytes: what launches may ask for, more than which the driver refuses."""
+
+    max_dynamic_shared_size_bytes = 48 << 10
+
+    def __init__(self, module: FakeCupy) -> None:
+        self._module = module
+
+    def __call__(self, grid: Any, block: Any, args: Any, shared_mem: int) -> None:
+        self._module._maybe_fail()
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument", 1)
+        self._module.said.append("launch")
+
+
+class FakeStream:
+    """Says what was done with it, and with the graph that is captured on it, in order. Broken where a capture failed."""
+
+    def __init__(self, module: FakeCupy) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self._module.said.append(name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._module.said.append("exit")
+
+    def end_capture(self) -> Any:
+        said = self._module.said
+        said.append("end_capture")
+        if self._module.broken:
+            raise CUDARuntimeError("cudaErrorStreamCaptureInvalidated", 901)
+        return SimpleNamespace(
+            upload=lambda stream: said.append("upload"), launch=lambda: said.append("graph")
+        )
+
+
 class PinnedMemory(np.ndarray):
     """A buffer with an address, as CuPy's is."""
 
@@ -54,6 +94,8 @@ class FakeCupy:
     ) -> None:
         self._count, self._memory = count, memory
         self.fails: Exception | None = None
+        self.broken = False  # captures end in an error
+        self.said: list[str] = []
         self.allocations: dict[int, np.ndarray] = {}
         self.opened: list[tuple[bytes, int]] = []
         self.synchronized = 0
@@ -72,6 +114,7 @@ class FakeCupy:
             deviceSynchronize=self._synchronize,
             ipcGetMemHandle=lambda ptr: ptr.to_bytes(64, "little"),
             ipcOpenMemHandle=self._open_handle,
+            streamCaptureModeRelaxed=2,
         )
         stream = SimpleNamespace(ptr=7, synchronize=self._synchronize)
         self.cuda = SimpleNamespace(
@@ -83,6 +126,7 @@ class FakeCupy:
             Event=lambda disable_timing: SimpleNamespace(
                 record=self._maybe_fail, synchronize=self._synchronize
             ),
+            Stream=lambda non_blocking: FakeStream(self),
             alloc_pinned_memory=lambda size: np.full(size, 0xFF, np.uint8).view(PinnedMemory),
         )
 
@@ -91,12 +135,16 @@ class FakeCupy:
 
         def get_function(symbol: str) -> Any:
             self.loaded.append((path, symbol))
-            return lambda grid, block, args, shared_mem: self._maybe_fail()
+            self._maybe_fail()
+            return FakeFunction(self)
 
         return SimpleNamespace(get_function=get_function)
 
     def get_default_memory_pool(self) -> Any:
         return SimpleNamespace(free_all_blocks=lambda: None)
+
+    def get_default_pinned_memory_pool(self) -> Any:
+        return SimpleNamespace(free_all_blocks=lambda: self.said.append("free pinned"))
 
     def empty(self, shape: Any, dtype: Any) -> FakeArray:
         self._maybe_fail()

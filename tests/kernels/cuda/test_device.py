@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cupy_arrays import CupyLikeDevice
 from fake_cupy import CUDADriverError, CUDARuntimeError, FakeCupy
 
 from flm.kernels.cuda import nvrtc
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.device import CupyDevice
 from flm.kernels.cuda.kernel import instance
-from flm.kernels.errors import DeviceFailed, DeviceMemoryFull, ToolkitMissing, UnsupportedDevice
+from flm.kernels.cuda.staging import scatter_kernel
+from flm.kernels.errors import DeviceFailed, DeviceMemoryFull, ShapeError, ToolkitMissing, UnsupportedDevice
 from flm.worker import Engine
 from flm.worker.errors import BackendUnavailable
 
@@ -97,12 +99,44 @@ def test_kernels_are_loaded_ahead_and_failing_launches_told(cupy, tmp_path, monk
     cupy.fails = CUDADriverError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", 700)
     with pytest.raises(DeviceFailed, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
         device.launch(kernels[0], (1,), 32, [])
+    with pytest.raises(DeviceFailed, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        CupyDevice().prepare(kernels)
+
+
+def test_large_shared_memory_is_asked_for_ahead(cupy, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device, kernel = CupyDevice(), scatter_kernel()
+    for nbytes in (1 << 10, 64 << 10, 96 << 10, 64 << 10):
+        device.launch(kernel, (1,), 32, [], nbytes)
+    assert cupy.said == ["launch"] * 4 and device._functions[kernel].max_dynamic_shared_size_bytes == 96 << 10
+
+
+def test_a_graph_is_on_the_gpu_before_it_is_launched_on_another_stream(cupy):
+    launch = CupyDevice().record([lambda: cupy.said.append("call")])
+    launch()
+    capture = ["begin_capture", "call", "end_capture", "exit"]
+    assert cupy.said == [*capture, "upload", "synchronize", "graph"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_breaks_a_capture_is_told(cupy, broken):
+    def call():
+        raise ShapeError("of a wrong width")
+
+    cupy.broken = broken
+    with pytest.raises(ShapeError, match="of a wrong width"):
+        CupyDevice().record([call])
+    assert cupy.said[-2:] == ["end_capture", "exit"]
+    if broken:
+        with pytest.raises(DeviceFailed, match="cudaErrorStreamCaptureInvalidated"):
+            CupyDevice().record([])
 
 
 def test_memory_that_processes_share(cupy):
     device = CupyDevice()
     address, handle = device.share(64)
     assert len(handle) == 64 and not cupy.allocations[address].any()
+    assert cupy.allocations[address].nbytes == 2 << 20  # nothing else of this process lies in it
     assert device.attach(handle) == address and cupy.opened == [(handle, 1)]
     argument, words = device.host_words(2)
     assert isinstance(argument, np.uint64) and words.tolist() == [0, 0] and words.ctypes.data == int(argument)
@@ -148,3 +182,27 @@ def test_a_missing_compiler_is_told_with_what_to_install(monkeypatch):
     finally:
         monkeypatch.undo()
         nvrtc._toolkit.cache_clear()
+
+
+def test_an_emulated_device_refuses_what_a_gpu_refuses():
+    device = CupyLikeDevice([])
+    array = device.empty((4, 6), "bfloat16")
+    array[1:3] = 0
+    array[1:2] = device.asarray(np.zeros((1, 6), array.dtype))
+    assert array[1:3].reshape(-1).shape == (12,) and not device.download(array[1:3]).any()
+    for wrong in (
+        lambda: np.asarray(array),
+        lambda: array + array,
+        lambda: array.copy(),
+        lambda: array[[0, 1]],
+        lambda: array[:, 1:].reshape(-1),
+        lambda: array.__setitem__((slice(None), 0), 0),
+        lambda: array.__setitem__(0, 1),
+        lambda: device.upload(np.zeros((4, 6), np.float32), array),
+    ):
+        with pytest.raises((TypeError, AttributeError, AssertionError)):
+            wrong()
+    kernel = scatter_kernel()
+    for grid, block, shared in (((1, 65536), 32, 0), ((0,), 32, 0), ((1,), 1025, 0), ((1,), 32, 1 << 18)):
+        with pytest.raises(ValueError, match="are refused"):
+            device.launch(kernel, grid, block, [None, None, None, 0], shared)

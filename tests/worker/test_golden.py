@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flm.worker import Engine, SamplingParams
+from flm.worker.engine import Completion
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 NAMES = sorted(path.name for path in GOLDEN.iterdir())
@@ -46,25 +47,33 @@ def test_logits_on_the_reference_backend(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_company_and_cached_prefixes_change_no_token(name: str) -> None:
-    ids, _ = reference(name)
-    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+def test_company_and_cached_prefixes_change_no_bit(name: str) -> None:
+    """Beside another, or from cached blocks: the tokens and log-probabilities of a prompt alone, which are the golden ones."""
+    ids, want = reference(name)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=20)
     with tiny(name) as engine:
         if engine.max_context < len(ids) + 40:
             pytest.skip(f"{name} has a context of {engine.max_context}")
         prompts = [ids, ids[2:]]
-        alone = [engine.generate([prompt], params)[0].token_ids for prompt in prompts]
-        assert [done.token_ids for done in engine.generate(prompts, params)] == alone
-        longer = [*ids, *alone[0]]
+        alone = [engine.generate([prompt], params)[0] for prompt in prompts]
+        assert [said(done) for done in engine.generate(prompts, params)] == [said(done) for done in alone]
+        longer = [*ids, *alone[0].token_ids]
         (cached,) = engine.generate([longer], params)
+    golden = want[-1].astype(np.float64) - np.log(np.exp(want[-1].astype(np.float64)).sum())
+    for token, logprob in alone[0].logprobs[0].top:
+        assert logprob == pytest.approx(golden[token], abs=TOLERANCE * float(np.abs(want).max()))
     with tiny(name) as engine:
         (fresh,) = engine.generate([longer], params)
-        assert cached.token_ids == fresh.token_ids
+        assert said(cached) == said(fresh)
         assert fresh.cached_tokens == 0
         if not engine.config.shares_prefixes:
             assert cached.cached_tokens == 0
         elif not engine.config.attention.rope.per_request:
             assert cached.cached_tokens >= 16
+
+
+def said(done: Completion) -> tuple[object, ...]:
+    return done.token_ids, done.logprobs
 
 
 def test_requests_that_rotate_differently_share_no_blocks() -> None:

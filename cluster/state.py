@@ -71,6 +71,7 @@ class Endpoint:
     gateway_key: str = ""
     admin_key: str = ""
     ca_file: str = ""  # PEM of the gateway's certificate where it speaks TLS
+    server_name: str = ""  # that the certificate is for
     ray_address: str = ""
     namespace: str = ""  # of the cluster's actors in Ray
     run_root: str = ""

@@ -69,7 +69,7 @@ async def _load(
     errors: dict[str, int] = {}
     samples: list[Sample] = []
     queue = iter(prompts)
-    async with AsyncClient(target.address, api_key=target.api_key, ca_file=target.ca_file) as client:
+    async with AsyncClient(**vars(target)) as client:
         await _one(client.generate(next(queue), sampling, model=model))
 
         async def worker() -> None:

@@ -35,13 +35,15 @@ def gateway_target(cluster: str, address: str, api_key: str, ca_file: str) -> Ta
     if address:
         return Target(address, api_key, ca_file)
     found = running_cluster(cluster)
-    return Target(found.gateway, api_key or found.gateway_key, ca_file or found.ca_file)
+    if ca_file:  # another authority, whose word is for the address
+        return Target(found.gateway, api_key or found.gateway_key, ca_file)
+    return Target(found.gateway, api_key or found.gateway_key, found.ca_file, found.server_name)
 
 
 def gateway_client(target: Target) -> Client:
     from flm.cluster.client import Client
 
-    return Client(target.address, api_key=target.api_key, ca_file=target.ca_file)
+    return Client(**vars(target))
 
 
 def say_if_none_is_ready(client: Client, model: str) -> None:

@@ -18,7 +18,6 @@ from flm.cluster.client.request import (
     generate_request,
     of_field,
 )
-from flm.cluster.wire.listen import CHANNEL_OPTIONS
 from flm.proto import flm_pb2, flm_pb2_grpc
 
 S = TypeVar("S")
@@ -40,9 +39,9 @@ class Calls(Generic[S]):
     def __init__(self, library: Any, stream: Callable[[Any], S], target: Target) -> None:
         credentials = target.credentials()
         if credentials is None:
-            self._channel = library.insecure_channel(target.address, CHANNEL_OPTIONS)
+            self._channel = library.insecure_channel(target.address, target.options)
         else:
-            self._channel = library.secure_channel(target.address, credentials, CHANNEL_OPTIONS)
+            self._channel = library.secure_channel(target.address, credentials, target.options)
         self._metadata = target.metadata
         self._stub = flm_pb2_grpc.InferenceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)

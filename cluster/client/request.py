@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from flm.cluster.wire.listen import bearer
+from flm.cluster.wire.listen import CHANNEL_OPTIONS, bearer
 from flm.proto import flm_pb2
 from flm.worker.errors import ConfigError, InvalidRequest
 
@@ -28,11 +29,12 @@ def of_field(name: str, expected: str = "") -> Iterator[None]:
 @dataclass(frozen=True)
 class Target:
     """A gateway. `api_key`: where it asks for one. `ca_file`: PEM of the authority to trust; makes the connection
-    TLS."""
+    TLS. `server_name`: that its certificate is for, where it is reached by another."""
 
     address: str  # host:port
     api_key: str = ""
     ca_file: str = ""
+    server_name: str = ""
 
     def __post_init__(self) -> None:
         if not self.address.isprintable() or not self.address:
@@ -43,6 +45,12 @@ class Target:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         return bearer(self.api_key)
+
+    @property
+    def options(self) -> tuple[tuple[str, Any], ...]:
+        """Of the channel."""
+        named = (("grpc.ssl_target_name_override", self.server_name),) if self.server_name else ()
+        return (*CHANNEL_OPTIONS, *named)
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         """None: no TLS. ConfigError where the file cannot be read."""

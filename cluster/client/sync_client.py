@@ -50,8 +50,8 @@ class Client(Calls[Stream]):
     """Blocking calls; safe to share between threads. `timeout`s are seconds for the whole call, None: no limit.
     `model` may be left out where a gateway serves only one."""
 
-    def __init__(self, address: str, *, api_key: str = "", ca_file: str = "") -> None:
-        super().__init__(grpc, Stream, Target(address, api_key, ca_file))
+    def __init__(self, address: str, *, api_key: str = "", ca_file: str = "", server_name: str = "") -> None:
+        super().__init__(grpc, Stream, Target(address, api_key, ca_file, server_name))
 
     def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool = True, timeout: float | None = None

@@ -18,7 +18,8 @@ from grpc_reflection.v1alpha import reflection
 from flm.cluster.gateway.inference import Inference
 from flm.cluster.gateway.router import ReplicaRoute
 from flm.cluster.gateway.served_model import LoadedModel, ServedModel, Words, read_words
-from flm.cluster.wire.listen import Tls, bind_within, create_server
+from flm.cluster.wire.certificate import Tls
+from flm.cluster.wire.listen import bind_within, create_server
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import ConfigError, ModelNotFound
 from flm.worker.vocabularies.files import load_tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from flm.cluster.settings.config import ClusterConfig, load_config
 from flm.cluster.settings.hardware import Hardware, measure_hardware
 from flm.cluster.settings.yaml_source import YamlPath, error_at
 from flm.cluster.state import Endpoint, load_endpoint, running_clusters
+from flm.cluster.wire.certificate import Tls
 from flm.kernels.cores import usable_cpus
 from flm.kernels.cuda.inventory import visible_gpus
 from flm.kernels.errors import OpenMPMissing
@@ -57,9 +57,10 @@ def _obstacles(config: ClusterConfig, running: Endpoint | None) -> Iterator[tupl
             )
             yield ("models", index, "tensor_parallel"), message
     if config.gateway.tls is not None:
-        for key, path in config.gateway.tls:
-            if not os.access(path, os.R_OK):
-                yield ("gateway", "tls", key), f"cannot read {path}; expected a PEM file"
+        try:
+            Tls(config.gateway.tls.cert_file, config.gateway.tls.key_file).server_name()
+        except ConfigError as error:
+            yield ("gateway", *error.field.split(".")), error.message
     for section, listen in (("gateway", config.gateway.listen), ("admin", config.admin.listen)):
         reason = _own_cluster_at(listen) or why_taken(listen)
         if reason:

@@ -17,6 +17,7 @@ from flm.cluster.launch.ray_head import ENVIRONMENT, RayHead
 from flm.cluster.planning.plan import Plan
 from flm.cluster.settings.yaml_source import error_at
 from flm.cluster.state import ClusterSpec, Desired, Endpoint, save_endpoint, state_dir
+from flm.cluster.wire.certificate import Tls
 from flm.kernels.cores import usable_cpus
 from flm.worker.errors import FlmError, Unavailable
 
@@ -79,7 +80,7 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         os.environ |= ENVIRONMENT  # Ray reads it when it is imported
     from flm.cluster import actors
 
-    config, name = checked.config, checked.config.name
+    config, name, tls = checked.config, checked.config.name, checked.config.gateway.tls
     run_id = uuid.uuid4().hex[:8]
     replicas = {model.name: model.replicas.start for model in config.models}
     spec = ClusterSpec(
@@ -95,7 +96,8 @@ def start_cluster(checked: Checked, plan: Plan, address: str, head: RayHead | No
         admin=config.admin.listen,
         gateway_key=next(iter(config.gateway.api_keys), ""),
         admin_key=next(iter(config.admin.api_keys), ""),
-        ca_file=config.gateway.tls.cert_file if config.gateway.tls else "",
+        ca_file=tls.cert_file if tls else "",
+        server_name=Tls(tls.cert_file, tls.key_file).server_name() if tls else "",
         ray_address=head.address if head else address,
         namespace=spec.namespace,
         run_root=spec.run_root,

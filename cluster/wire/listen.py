@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from flm.cluster.wire.certificate import Tls
 from flm.cluster.wire.grpc_errors import abort
 from flm.worker.errors import ConfigError, Unauthenticated
 
@@ -34,24 +33,6 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.enable_http_proxy", 0),
 )
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Paths of PEM files."""
-
-    cert_file: str
-    key_file: str
-
-    def credentials(self) -> grpc.ServerCredentials:
-        """ConfigError where a file cannot be read."""
-        parts = []
-        for field, path in (("tls.key_file", self.key_file), ("tls.cert_file", self.cert_file)):
-            try:
-                parts.append(Path(path).read_bytes())
-            except OSError as error:
-                raise ConfigError(f"expected a readable PEM file: {error}", field=field) from None
-        return grpc.ssl_server_credentials([(parts[0], parts[1])])
 
 
 def bearer(key: str) -> tuple[tuple[str, str], ...]:

@@ -192,6 +192,16 @@ async def test_tls(start_cluster: Start) -> None:
         assert await _all(client.generate("x", Sampling(max_tokens=2)))
 
 
+async def test_a_certificate_for_another_name(start_cluster: Start) -> None:
+    tls = Tls(str(DATA / "named.pem"), str(DATA / "named.key"))
+    cluster = await start_cluster(1, tls=tls)
+    async with AsyncClient(cluster.address, ca_file=tls.cert_file, server_name=tls.server_name()) as client:
+        assert await _all(client.generate("x", Sampling(max_tokens=2)))
+    async with AsyncClient(cluster.address, ca_file=tls.cert_file) as client:
+        with pytest.raises(Unavailable, match="Hostname"):
+            await client.models(timeout=60)
+
+
 async def test_port_taken(tokenizer: Tokenizer) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -223,7 +233,7 @@ async def test_broken_checkpoint_leaves_no_port_behind(tmp_path: Path) -> None:
 
 
 async def test_missing_tls_file() -> None:
-    with pytest.raises(ConfigError, match=r"tls.key_file: expected a readable PEM file"):
+    with pytest.raises(ConfigError, match=r"tls.cert_file: expected a readable PEM file"):
         await Gateway([], "127.0.0.1:0", tls=Tls("no", "no")).start()
 
 

@@ -25,7 +25,8 @@ from flm.cluster.state import Endpoint, load_endpoint, save_endpoint
 from flm.kernels.cores import usable_cpus
 from flm.worker.errors import ConfigError
 
-GOLDEN = Path(__file__).parents[2] / "data" / "golden"
+DATA = Path(__file__).parents[2] / "data"
+GOLDEN = DATA / "golden"
 GOOD = """\
 name: unit
 gateway: {listen: 127.0.0.1:GATEWAY}
@@ -112,9 +113,12 @@ def test_ranks_are_counted_on_the_device_that_is_asked_for(
         check_file(file)
 
 
-def test_missing_tls_files_are_refused(folder: Path) -> None:
+def test_tls_files_that_are_missing_or_do_not_match_are_refused(folder: Path) -> None:
     text = GOOD.replace("GATEWAY}", "GATEWAY, tls: {cert_file: /no.pem, key_file: /no.key}}")
     assert refusal(write(folder, text)).field == "gateway.tls.cert_file"
+    files = f"cert_file: {DATA}/named.pem, key_file: {DATA}/loopback.key"
+    text = GOOD.replace("GATEWAY}", f"GATEWAY, tls: {{{files}}}}}")
+    assert refusal(write(folder, text)).field == "gateway.tls.key_file"
 
 
 def test_a_name_that_runs_already_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from gpu_kernels import filled
+from gpu_kernels import filled, some_codes
 
 from flm.kernels.backend import SamplingBatch
 from flm.kernels.cuda.backend import CudaBackend
@@ -33,7 +33,6 @@ from flm.worker.layers.loading import StepInputs
 Array = Any
 Call = Callable[[], None]
 GROUPS = (128, 64, 32)  # the first that divides a matrix' inputs
-PIECE = 1 << 20  # numbers that are repeated over a weight
 
 DEEPSEEK_V2_LITE = ModelConfig(
     "DeepSeek-V2-Lite", 2048, 27, 102400, 163840, NormConfig(1e-6),
@@ -122,17 +121,12 @@ class DummyBackend(CudaBackend):
         """A matrix, and the same as the first of `count`."""
         (n, k), kind = shape, self.activation
         tiles = (count, -(-n // 16), -(-k // (16 * STEPS[format])), 32, 4)
-        some = np.random.default_rng(n + k).integers(0, 2**32, PIECE, np.uint32)
-        if format == "float":  # small exponents, so that no sum overflows
-            some = (some & np.uint32(0x83FF83FF)) | np.uint32(
-                0x3C003C00 if kind == "bfloat16" else 0x20002000
-            )
-        codes, scales, group = filled(self.device, tiles, np.uint32, some), None, 0
+        codes, scales, group = filled(self.device, tiles, np.uint32, some_codes(format, kind)), None, 0
         if format != "float":
             group = next(g for g in GROUPS if k % g == 0)
             scale = np.full(1, k**-0.5 / 8, np.float16)
             groups = tiles[2] * 16 * STEPS[format] // group
-            scales = filled(self.device, (*tiles[:2], groups, 16, 2), np.float16, scale.repeat(PIECE))
+            scales = filled(self.device, (*tiles[:2], groups, 16, 2), np.float16, scale.repeat(1 << 20))
         made = CudaMatrix(shape, format, kind, codes, scales, group // 16, k, None)
         one = replace(made, codes=codes[0], scales=None if scales is None else scales[0])
         return one, made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,19 +40,22 @@ def random_matrix(
 ) -> CudaMatrix:
     """A packed weight [n, k] with arbitrary codes and scales of about 1 / sqrt(k)."""
     tiles = (-(-n // 16), -(-k // (16 * STEPS[format])), 32, 4)
-    rng = np.random.default_rng(n + k)
-    some = rng.integers(0, 2**32, min(int(np.prod(tiles)), 1 << 20), np.uint32)
-    if format == "float":  # small exponents, so that no sum overflows
-        some = (some & np.uint32(0x83FF83FF)) | np.uint32(
-            0x3C003C00 if activation == "bfloat16" else 0x20002000
-        )
-    codes, scales = filled(device, tiles, np.uint32, some), None
+    codes, scales = filled(device, tiles, np.uint32, some_codes(format, activation)), None
     if format != "float":
         shape = (tiles[0], tiles[1] * 16 * STEPS[format] // group, 16, *((2,) if format == "int4" else ()))
         scales = filled(device, shape, np.float16, np.full(1 << 16, k**-0.5 / 8, np.float16))
     return CudaMatrix(
         (n, k), format, activation, codes, scales, 0 if scales is None else group // 16, k, None
     )
+
+
+@lru_cache(maxsize=4)
+def some_codes(format: str, activation: str) -> Array:
+    """Numbers that are repeated over weights; for floats with small exponents, so that no sum overflows."""
+    some = np.random.default_rng(0).integers(0, 2**32, 1 << 20, np.uint32)
+    if format != "float":
+        return some
+    return (some & np.uint32(0x83FF83FF)) | np.uint32(0x3C003C00 if activation == "bfloat16" else 0x20002000)
 
 
 def filled(device: Device, shape: tuple[int, ...], dtype: Any, some: Array) -> Array:

@@ -25,15 +25,18 @@ NEAR = 0.03  # of the largest output: both round, at different places
 
 def product_speed(
     device: Any, time_of: gpu_kernels.Timer, rate: float, n: int, enough: int, tokens: tuple[int, ...]
-) -> Iterator[gpu_kernels.Measured]:
-    """Products with n outputs of as many inputs, in every format."""
+) -> list[Callable[[], Iterator[gpu_kernels.Measured]]]:
+    """Products with n outputs of as many inputs, a part for every format."""
     k = max(n, 128)
-    for format in ("int4", "int8", "float"):
+
+    def of(format: str) -> Iterator[gpu_kernels.Measured]:
         weights = gpu_kernels.weights_of(device, n, k, format, "bfloat16", enough)
         for m in tokens:
             calls, nbytes = gpu_kernels.linear_calls(device, weights, m)
             what = f"{format} product {n}x{k}, {m} tokens"
             yield gpu_kernels.measure(what, calls, nbytes, time_of, rate, 2.0 * m * n * k)
+
+    return [lambda format=format: of(format) for format in ("int4", "int8", "float")]  # type: ignore[misc]
 
 
 def side_by_side(

@@ -1,6 +1,9 @@
 """One stage of gpu_check.py that measures: rows are written as they come, to the file that FLM_ROWS names.
 
-PYTHONPATH=.typing python benchmarks/gpu_speed.py facts|products|library|kernels|peers|decode|prompts
+PYTHONPATH=.typing python benchmarks/gpu_speed.py facts|products|library|kernels|peers|decode|prompts [FIRST PART]
+
+Where a part breaks the GPU's context, all later ones of the process would fail with it: it ends with the status BROKEN, and
+another goes on behind that part.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from typing import Any
 
+import gpu_check
 import gpu_decode
 import gpu_dummy
 import gpu_engine
@@ -29,9 +33,10 @@ from flm.kernels.cuda.cublas_lt import find_library
 from flm.kernels.cuda.device import CupyDevice
 from flm.kernels.cuda.kernel_list import KernelList
 from flm.kernels.cuda.library_products import open_library
-from flm.kernels.errors import DeviceFailed
+from flm.kernels.errors import CompileError, KernelError
 
 Row = dict[str, Any]
+BROKEN = gpu_check.BROKEN
 STAGES = ("facts", "library", "decode", "prompts", "products", "kernels", "peers")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
 SAMPLING = {
@@ -61,20 +66,28 @@ def write(row: Row) -> None:
             file.write(text + "\n")
 
 
-def keep(parts: Iterable[Callable[[], Iterable[Row]]]) -> bool:
-    """Write what the parts give. One that fails leaves the others as they are, unless the GPU failed with it."""
-    whole = True
-    for part in parts:
+def keep(
+    parts: Iterable[Callable[[], Iterable[Row]]], check: Callable[[], None] = lambda: None, first: int = 0
+) -> int:
+    """Write what the parts give, from number `first` on; the exit status. One that fails leaves the others as they are, unless
+    `check` raises after it: then the GPU failed too."""
+    status = 0
+    for number, part in enumerate(parts):
+        if number < first:
+            continue
         try:
             for row in part():
                 write(row)
         except Exception as error:
-            whole = False
+            status = 1
             traceback.print_exc()
-            write({"what": "failed", "error": f"{type(error).__name__}: {error}"[:500]})
-            if isinstance(error, DeviceFailed):
-                return False
-    return whole
+            write({"what": "failed", "part": number, "error": f"{type(error).__name__}: {error}"[:500]})
+            try:
+                check()
+            except KernelError as broken:
+                print(broken)
+                return BROKEN
+    return status
 
 
 def timer(device: CupyDevice) -> gpu_kernels.Timer:
@@ -112,50 +125,72 @@ def copy_rate(device: CupyDevice) -> float:
     return 10 * 2 * a.nbytes / (float(cupy.cuda.get_elapsed_time(start, end)) / 1e3)
 
 
-def prepared(device: CupyDevice, measured: Callable[[Any, gpu_kernels.Timer], Iterable[Any]]) -> None:
-    """Compile what a measurement launches, all at once."""
+def prepared(
+    device: CupyDevice,
+    measured: Callable[[Any, gpu_kernels.Timer], list[Callable[[], Iterator[gpu_kernels.Measured]]]],
+) -> list[Callable[[], Iterable[Row]]]:
+    """Parts that measure, what they launch compiled all at once; what cannot be compiled fails where it is launched."""
     listing = KernelList(device)
 
     def once(calls: list[Callable[[], None]]) -> float:
         calls[0]()
         return 1.0
 
-    for _ in measured(listing, once):
-        pass
-    device.prepare(listing.kernels)
+    for part in measured(listing, once):
+        list(part())
+    try:
+        device.prepare(listing.kernels)
+    except CompileError:
+        traceback.print_exc()
+    rows = lambda part: (row for one in part() for row in gpu_kernels.as_rows([one]))
+    return [lambda part=part: rows(part) for part in measured(device, timer(device))]  # type: ignore[misc]
 
 
 def kernel_speed(
     device: Any, time_of: gpu_kernels.Timer, rate: float, small: bool = False
-) -> Iterator[gpu_kernels.Measured]:
-    """Every kernel but products. small: sizes for a machine without a GPU."""
+) -> list[Callable[[], Iterator[gpu_kernels.Measured]]]:
+    """Every kernel but products, in parts. small: sizes for a machine without a GPU."""
     n, context, vocab, enough = (64, 48, 1000, 1) if small else (8192, 4096, 152064, 256 << 20)
     measure = lambda what, made, flops=0.0: gpu_kernels.measure(what, *made, time_of, rate, flops)
-    for tokens, before in ((4, 32),) if small else ((4096, 0), (512, 3584)):
-        for kv in ("bfloat16", "int8"):
-            heads = (4, 2, 64) if small else (32, 8, 128)
-            *made, flops = gpu_kernels.prefill_calls(device, tokens, before, heads, kv, "bfloat16")
-            yield measure(f"attention, {tokens} tokens of a prompt behind {before}, {kv} cache", made, flops)
-    for kv in ("bfloat16", "int8"):
-        batch, heads = (2, (4, 2, 64)) if small else (32, (32, 8, 128))
-        made = gpu_kernels.attention_calls(device, batch, context, heads, kv, "bfloat16", enough)
-        yield measure(f"attention, {batch} x {context} tokens, {kv} cache", made)
+    heads = (4, 2, 64) if small else (32, 8, 128)
     dummy = gpu_dummy.DummyBackend(device)
-    experts = (dummy, (8, 64, 32)) if small else (dummy, (64, 2048, 1408))
-    for tokens in (1, 2) if small else (1, 8, 64):
-        for what, made in gpu_dummy.expert_calls(*experts, tokens, 3 if small else 6).items():
-            yield measure(what, made)
-    for batch in (1, 2) if small else (1, 32):
-        heads = (2, 16, 8) if small else (16, 512, 64)
-        made = gpu_dummy.latent_calls(dummy, batch, context, heads)
-        yield measure(f"latent attention, {batch} x {context} tokens", made)
-    for tokens in (1, 4) if small else (1, 4096):
-        for what, made in gpu_kernels.small_calls(device, tokens, n, "bfloat16").items():
-            yield measure(what, made)
-    for rows in (1,) if small else (1, 16):
-        for what, options in SAMPLING.items():
-            made = gpu_kernels.sampling_calls(device, rows, vocab, *options)
-            yield measure(f"sampling {rows}x{vocab}, {what}", made)
+
+    def prompts() -> Iterator[gpu_kernels.Measured]:
+        for tokens, before in ((4, 32),) if small else ((4096, 0), (512, 3584)):
+            for kv in ("bfloat16", "int8"):
+                *made, flops = gpu_kernels.prefill_calls(device, tokens, before, heads, kv, "bfloat16")
+                what = f"attention, {tokens} tokens of a prompt behind {before}, {kv} cache"
+                yield measure(what, made, flops)
+
+    def decodes() -> Iterator[gpu_kernels.Measured]:
+        for kv in ("bfloat16", "int8"):
+            batch = 2 if small else 32
+            made = gpu_kernels.attention_calls(device, batch, context, heads, kv, "bfloat16", enough)
+            yield measure(f"attention, {batch} x {context} tokens, {kv} cache", made)
+
+    def experts() -> Iterator[gpu_kernels.Measured]:
+        sizes, chosen = ((8, 64, 32), 3) if small else ((64, 2048, 1408), 6)
+        for tokens in (1, 2) if small else (1, 8, 64):
+            for what, made in gpu_dummy.expert_calls(dummy, sizes, tokens, chosen).items():
+                yield measure(what, made)
+
+    def latents() -> Iterator[gpu_kernels.Measured]:
+        for batch in (1, 2) if small else (1, 32):
+            made = gpu_dummy.latent_calls(dummy, batch, context, (2, 16, 8) if small else (16, 512, 64))
+            yield measure(f"latent attention, {batch} x {context} tokens", made)
+
+    def others() -> Iterator[gpu_kernels.Measured]:
+        for tokens in (1, 4) if small else (1, 4096):
+            for what, made in gpu_kernels.small_calls(device, tokens, n, "bfloat16").items():
+                yield measure(what, made)
+
+    def samplings() -> Iterator[gpu_kernels.Measured]:
+        for rows in (1,) if small else (1, 16):
+            for what, options in SAMPLING.items():
+                made = gpu_kernels.sampling_calls(device, rows, vocab, *options)
+                yield measure(f"sampling {rows}x{vocab}, {what}", made)
+
+    return [prompts, decodes, experts, latents, others, samplings]
 
 
 def decode_rows(device: CupyDevice, rate: float) -> Iterator[Callable[[], Iterable[Row]]]:
@@ -215,7 +250,8 @@ def facts(device: CupyDevice, rate: float) -> Row:
         "copy_gigabytes_per_second": rate / 1e9,
         "python": platform.python_version(),
         "packages": versions,
-        "missing": [name for name in WANTED if importlib.util.find_spec(name) is None],
+        "missing": [name for name in WANTED if importlib.util.find_spec(name) is None]
+        + gpu_check.missing_tools(),
         "cublas": find_library(device.cuda) or "not found",
     }
 
@@ -223,17 +259,14 @@ def facts(device: CupyDevice, rate: float) -> Row:
 def parts_of(stage: str, device: CupyDevice, rate: float) -> Iterable[Callable[[], Iterable[Row]]]:
     """What a stage measures, in parts that may fail each for itself."""
     time_of = timer(device)
-    rows = lambda measured: (row for one in measured for row in gpu_kernels.as_rows([one]))
     if stage == "facts":
         return [lambda: [facts(device, rate)]]
     assert stage in STAGES
     if stage == "products":
-        made = lambda on, watch: gpu_products.product_speed(on, watch, rate, 8192, 256 << 20, TOKENS)
-        prepared(device, made)
-        return [lambda: rows(made(device, time_of))]
+        sizes = rate, 8192, 256 << 20, TOKENS
+        return prepared(device, lambda on, watch: gpu_products.product_speed(on, watch, *sizes))
     if stage == "kernels":
-        prepared(device, lambda on, watch: kernel_speed(on, watch, rate))
-        return [lambda: rows(kernel_speed(device, time_of, rate))]
+        return prepared(device, lambda on, watch: kernel_speed(on, watch, rate))
     if stage == "peers":
         return [lambda: gpu_peers.peer_speed(8192, TOKENS, rate)]
     if stage == "decode":
@@ -247,9 +280,8 @@ def parts_of(stage: str, device: CupyDevice, rate: float) -> Iterable[Callable[[
 def main() -> None:
     if sys.argv[1:2] not in [[name] for name in STAGES]:
         raise SystemExit(f"one of {', '.join(STAGES)} expected")
-    device = CupyDevice()
-    if not keep(parts_of(sys.argv[1], device, copy_rate(device))):
-        raise SystemExit(1)
+    device, first = CupyDevice(), int(*sys.argv[2:3])
+    raise SystemExit(keep(parts_of(sys.argv[1], device, copy_rate(device)), device.synchronize, first))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,29 @@ def test_nccl_moves_in_captured_steps(device):
     link.check()
 
 
+@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_two_processes_sum(tmp_path, where):
+    """Through the memory of the host, and through a GPU's that one has and the other maps, recorded too."""
+    command = [sys.executable, str(TESTS / "worker" / "summing_process.py"), str(tmp_path)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(r), "2", where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for r in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=80) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], [errors[-1500:] for _, errors in said]
+    found = json.loads(said[0][0].splitlines()[-1])
+    assert list(found) == ["32", "60000", "32768"]
+    if on_gpu() and "FLM_ROWS" in os.environ:
+        with open(os.environ["FLM_ROWS"], "a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": "sums of two processes on one GPU, us by bytes", **found}) + "\n")
+
+
 def group_of_two(tmp_path, device):
     spec = GroupSpec(
         "r0", "tiny", str(GOLDEN / "llama31"), device, tensor_parallel=2, max_sequences=2, max_step_tokens=32,

@@ -54,7 +54,8 @@ def once(calls):
 def test_every_kernel_is_measured(device):
     def measured(on):
         products = gpu_products.product_speed(on, once, 1e9, 64, 1, (1, 2))
-        return gpu_kernels.as_rows([*products, *gpu_speed.kernel_speed(on, once, 1e9, small=True)])
+        parts = [*products, *gpu_speed.kernel_speed(on, once, 1e9, small=True)]
+        return gpu_kernels.as_rows([one for part in parts for one in part()])
 
     listed = Listed([])
     measured(listed)
@@ -126,16 +127,35 @@ def test_stages_are_the_speeds_there_are():
 def test_parts_that_fail_leave_the_others(monkeypatch, tmp_path):
     monkeypatch.setenv("FLM_ROWS", str(tmp_path / "rows"))
 
-    def parts(error):
+    def parts():
         yield lambda: [{"a": 1}]
-        yield lambda: (_ for _ in ()).throw(error)
+        yield lambda: (_ for _ in ()).throw(ValueError("odd"))
         yield lambda: [{"b": 2}]
 
-    assert not gpu_speed.keep(parts(ValueError("odd")))
-    assert not gpu_speed.keep(parts(DeviceFailed("0", "gone")))
+    def broken():
+        raise DeviceFailed("0", "gone")
+
+    assert gpu_speed.keep(parts()) == 1
+    assert gpu_speed.keep(parts(), broken) == gpu_speed.BROKEN
+    assert gpu_speed.keep(parts(), broken, 2) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert [list(row) for row in rows] == [["a"], ["what", "error"], ["b"], ["a"], ["what", "error"]]
-    assert rows[1]["error"] == "ValueError: odd"
+    failed = {"what": "failed", "part": 1, "error": "ValueError: odd"}
+    assert rows == [{"a": 1}, failed, {"b": 2}, {"a": 1}, failed, {"b": 2}]
+
+
+def test_a_stage_goes_on_behind_what_broke_the_gpu(tmp_path):
+    script = """
+import json, os, sys
+first, file = int(*sys.argv[1:]), open(os.environ["FLM_ROWS"], "a")
+for part in range(first, 5):
+    print(json.dumps({"what": "failed" if part % 2 else "fine", "part": part}), file=file, flush=True)
+    if part % 2:
+        sys.exit(77)
+"""
+    stage = gpu_check.Stage("parts", [sys.executable, "-c", script], 20)
+    results, _ = gpu_check.check([stage], 100, tmp_path)
+    assert [row["part"] for row in results["parts"]["rows"]] == [0, 1, 2, 3, 4]
+    assert not results["parts"]["passed"]
 
 
 def test_no_peers_without_pytorch(monkeypatch):

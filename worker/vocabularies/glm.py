@@ -82,10 +82,10 @@ class IceTextVocabulary(SentencePieceVocabulary):
     def token(self, token_id: int) -> str | None:
         return super().token(token_id - self._shift)
 
-    def _encode_run(self, run: str, first: bool) -> list[int]:
+    def _encode_run(self, run: str, first: bool, parse_special: bool) -> list[int]:
         text = run.replace("\n", _LINE_END).replace("\t", _TAB)
         text = _BLANKS.sub(lambda found: f"<|blank_{len(found[0])}|>", text)
-        return [i + self._shift for i in super()._encode_run(text, first)]
+        return [i + self._shift for i in super()._encode_run(text, first, parse_special)]
 
     def _with_ends(self, ids: list[int]) -> list[int]:
         """A text that has a mask already gets no other."""

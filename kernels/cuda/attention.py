@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions
+from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions, dtype_name
 from flm.kernels.cuda.kernel import Device, Kernel, instance
 from flm.kernels.cuda.rope import WIDEST_HEAD, CudaCache
 from flm.kernels.errors import DTypeError, ShapeError
@@ -105,7 +105,7 @@ def paged_attention(
     if decode and space.rows < T * H:
         raise ShapeError(f"a workspace of {T * H} rows expected, got {space.rows}")
     heads, split = H // J, decode or space.rows >= S * H
-    splitting, combining, whole = kernels(q_THD.dtype.name, cache.dtype, D)
+    splitting, combining, whole = kernels(dtype_name(q_THD.dtype), cache.dtype, D)
     common = [q_THD, *_parts(cache), block_tables_SB, seq_index_T, positions_T]
     sizes, factor = [T, H, J, D, B, cache.block_size, space.chunk], float(scale) * math.log2(math.e)
     if split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from flm.kernels.errors import DTypeError, ShapeError
@@ -10,14 +11,21 @@ Array = Any
 ACTIVATIONS = ("float16", "bfloat16")
 
 
+@cache
+def dtype_name(dtype: Any) -> str:
+    """NumPy makes a dtype's name anew whenever it is asked for, which takes longer than all else of a check."""
+    return str(dtype.name)
+
+
 def check(name: str, array: Array, shape: tuple[int, ...], *dtypes: str) -> str:
     """The dtype's name of an array with this shape, one of these dtypes, C-contiguous; else ShapeError, DTypeError."""
-    if array.dtype.name not in dtypes:
-        raise DTypeError(f"{name}: {' or '.join(dtypes)} expected, got {array.dtype.name}")
-    if tuple(array.shape) != shape or not array.flags.c_contiguous:
+    dtype = dtype_name(array.dtype)
+    if dtype not in dtypes:
+        raise DTypeError(f"{name}: {' or '.join(dtypes)} expected, got {dtype}")
+    if array.shape != shape or not array.flags.c_contiguous:
         layout = "" if array.flags.c_contiguous else ", not C-contiguous"
         raise ShapeError(f"{name}: {shape} expected, got {tuple(array.shape)}{layout}")
-    return str(array.dtype.name)
+    return dtype
 
 
 def dimensions(name: str, array: Array, count: int) -> tuple[int, ...]:

@@ -19,6 +19,14 @@ Array = Any
 STATIC_SHARED = 48 << 10  # bytes of dynamic shared memory that need no permission
 SHARED_STEP = 2 << 20  # bytes: what the driver cuts smaller allocations from, and would share as a whole
 MOST_STAGED = 64  # staging copies that may be under way
+# by type, of arguments that CuPy would pass otherwise
+MADE: dict[type, Callable[[Any], Any]] = {
+    int: np.int32,
+    bool: np.int32,
+    float: np.float32,
+    np.float64: np.float32,
+    type(None): lambda _: np.uint64(0),
+}
 NO_MEMORY = 2  # cudaErrorMemoryAllocation, CUDA_ERROR_OUT_OF_MEMORY
 
 
@@ -257,8 +265,5 @@ def _pinned(cp: Any, host: Any) -> Any:
 
 def _argument(value: Any) -> Any:
     """What CuPy passes as it is: 32-bit scalars, and an address of zero for None."""
-    if value is None:
-        return np.uint64(0)
-    if isinstance(value, int):
-        return np.int32(value)
-    return np.float32(value) if isinstance(value, float) else value
+    made = MADE.get(type(value))
+    return value if made is None else made(value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 Array = Any
@@ -21,6 +22,7 @@ class Kernel:
     name: str
 
 
+@lru_cache(maxsize=None, typed=True)  # asked for at every launch; typed, for True is not 1 here
 def instance(source: str, function: str, *parameters: Any) -> Kernel:
     """The instance of a template of namespace flm. A dtype's name stands for its C++ type, other values for themselves."""
     shown = [C_TYPES.get(str(p), str(p).lower() if isinstance(p, bool) else str(p)) for p in parameters]

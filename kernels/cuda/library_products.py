@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from flm.kernels.cuda.check import address_of, check
+from flm.kernels.cuda.check import address_of, check, dtype_name
 from flm.kernels.cuda.cublas_lt import ALIGNMENT, CublasLt, Product, Shape, load_library
 from flm.kernels.cuda.graph import GraphDevice
 from flm.kernels.cuda.kernel import Device, Kernel, instance
@@ -86,7 +86,7 @@ class LibraryProducts:
     ) -> bool:
         """As linear.linear. False, and nothing done, where the library is not the one to take it: few rows, widths that are
         no multiple of 8, or a shape that it knows no algorithm for."""
-        M, (N, K), out = len(x_MK), (weight.shape[0], weight.columns), str(out_MN.dtype.name)
+        M, (N, K), out = len(x_MK), (weight.shape[0], weight.columns), dtype_name(out_MN.dtype)
         if M <= FEW or N % 8 or K % 8 or not N or any(address_of(a) % ALIGNMENT for a in (x_MK, out_MN)):
             return False
         check("x", x_MK, (M, K), weight.dtype)

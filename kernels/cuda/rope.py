@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flm.kernels.backend import HeadNorm
-from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions
+from flm.kernels.cuda.check import ACTIVATIONS, Array, check, dimensions, dtype_name
 from flm.kernels.cuda.kernel import Device, Kernel, instance
 from flm.kernels.errors import DTypeError, ShapeError
 
@@ -51,7 +51,7 @@ class CudaCache:
 
     @property
     def dtype(self) -> str:
-        return str(self.k.dtype.name)
+        return dtype_name(self.k.dtype)
 
     @property
     def nbytes(self) -> int:

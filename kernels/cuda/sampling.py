@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flm.kernels.backend import SamplingBatch
 from flm.kernels.cuda.check import Array, check, dimensions
@@ -16,6 +20,7 @@ SLICE = 8 * THREADS  # tokens of a block
 MOST_SLICES = 256
 STEPS = 1024  # of likelihood
 ROOM = 10240  # tokens that pick() holds
+ALIGNMENT = 16  # bytes, of what is copied together
 FLOATS = ("temperature_S", "top_p_S", "min_p_S", "repetition_S", "presence_S", "frequency_S")
 
 
@@ -38,7 +43,7 @@ class DeviceBatch:
 
 
 def upload(device: Device, batch: SamplingBatch) -> DeviceBatch:
-    """The batch on the device. Raises ShapeError where its arrays disagree."""
+    """The batch on the device, by one copy. Raises ShapeError where its arrays disagree."""
     S, counted = len(batch.temperature_S), int(batch.row_ptr[-1])
     params = np.zeros((S, 8), np.float32)
     for column, name in enumerate(FLOATS):
@@ -58,7 +63,21 @@ def upload(device: Device, batch: SamplingBatch) -> DeviceBatch:
     drawn = batch.temperature_S > 0
     filtered = drawn & ((batch.top_k_S > 0) | (batch.top_p_S < 1))
     known = {"penalised": counted > 0, "drawn": bool(drawn.any()), "filtered": bool(filtered.any())}
-    return DeviceBatch(*(device.asarray(array) for array in arrays), **known)
+    return DeviceBatch(*_together(device, arrays), **known)
+
+
+def _together(device: Device, arrays: Sequence[NDArray[Any]]) -> list[Array]:
+    """The arrays on the device: eight copies of few bytes would take longer than the kernels that read them."""
+    ends = list(accumulate(-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays))
+    starts = [0, *ends[:-1]]
+    whole = np.empty(ends[-1], np.uint8)
+    for start, array in zip(starts, arrays, strict=True):
+        whole[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    there = device.asarray(whole)
+    return [
+        there[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        for start, array in zip(starts, arrays, strict=True)
+    ]
 
 
 class SamplingSpace:

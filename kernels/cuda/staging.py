@@ -84,8 +84,9 @@ class CudaStaged:
         for staged, host in slab.parts:
             staged[...] = host
         slab.read = self._device.send(slab.memory, self._device_slab)
-        index, value = (self._on_device[f"changed {name}"] for name in ("index", "value"))
-        scatter(self._device, index, value, self.table, changed)
+        if changed:
+            index, value = (self._on_device[f"changed {name}"] for name in ("index", "value"))
+            scatter(self._device, index, value, self.table, changed)
 
     def scatter(self, index: str, value: Array, out: str) -> None:
         scatter(self._device, self.arrays[index], value, self.arrays[out], len(value))

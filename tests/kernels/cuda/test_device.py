@@ -10,6 +10,7 @@ import pytest
 from cupy_arrays import CupyLikeDevice
 from fake_cupy import CUDADriverError, CUDARuntimeError, FakeCupy
 
+from flm.kernels.cuda import device as device_module
 from flm.kernels.cuda import nvrtc
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.device import CupyDevice
@@ -170,6 +171,18 @@ def test_copies_that_are_waited_for_later(cupy):
     for call in (later, lambda: device.fetch([]), lambda: device.send(whole, array)):
         with pytest.raises(DeviceFailed, match="ECC"):
             call()
+
+
+def test_scalars_have_the_width_that_kernels_expect():
+    kinds = {int: 3, bool: True, float: 0.5, np.float64: np.float64(0.5), type(None): None}
+    made = [device_module._argument(value).dtype.name for value in kinds.values()]
+    assert made == ["int32", "int32", "float32", "float32", "uint64"]
+    for value in (np.uint64(1 << 40), np.zeros(2)):
+        assert device_module._argument(value) is value
+
+
+def test_instances_tell_true_from_one():
+    assert [instance("x.cu", "f", value).name for value in (1, True)] == ["flm::f<1>", "flm::f<true>"]
 
 
 def test_a_missing_compiler_is_told_with_what_to_install(monkeypatch):

@@ -16,6 +16,7 @@ import gpu_peers
 import gpu_products
 import gpu_prompts
 import gpu_speed
+import leader_loop
 import numpy as np
 import pytest
 from cupy_arrays import CupyLikeDevice
@@ -216,3 +217,10 @@ def test_a_leader_serves_a_dummy_model(device):
     rows = list(gpu_engine.engine_rows(gpu_dummy.DummyBackend(device), TINY[1], 2, steps=8))
     assert [row["what"].rsplit(", ", 1)[1] for row in rows] == ["step by step", "ahead"] * 2
     assert all(row["tokens_per_second"] > 0 for row in rows)
+
+
+def test_what_python_takes_between_steps_and_for_launches():
+    found = [leader_loop.measured(2, ahead, leader_loop.DRAWN, 1e-4) for ahead in (0, 1)]
+    assert all(min(numbers) > 0 for numbers in found)
+    launches, cost = leader_loop.launch_cost(TINY[1], tokens=2, rounds=1)
+    assert launches > 10 and cost > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,3 +132,21 @@ def test_a_resumed_request_turns_and_remembers_as_before(name: str) -> None:
             request_id = engine.submit(ids, params, resumed_ids=whole[:cut])
             rest = [token for event in engine.events(request_id) for token in event.token_ids]
             assert tuple(rest) == whole[cut:]
+
+
+@pytest.mark.parametrize("name", ["chatglm1", "qwen1_long", "deepseek_v2"])
+def test_preempted_requests_go_on_as_if_nothing_had_happened(name: str) -> None:
+    """Four sequences where one and a half have room, contexts that see themselves wider than a step among them."""
+    rng, (ids, _) = np.random.default_rng(0), reference(name)
+    end = ids[7:11] if name == "chatglm1" else []
+    prompts = [[*rng.integers(3, 80, size).tolist(), *end] for size in (9, 13, 5, 12)]
+    params = [SamplingParams(max_tokens=28, seed=seed, ignore_eos=True, logprobs=3) for seed in range(4)]
+    narrow: dict[str, Any] = {"max_sequences": 4, "max_step_tokens": 8, "max_context": 48}
+    with Engine(GOLDEN / name, **narrow) as engine:
+        alone = [said(engine.generate([prompt], one)[0]) for prompt, one in zip(prompts, params, strict=True)]
+        block = engine.config.kv_bytes_per_token(4) * engine.spec.block_size
+        assert (engine.config.uncut(tuple(prompts[0])) > 8) == (name == "chatglm1")
+    with Engine(GOLDEN / name, kv_bytes=4 * block, **narrow) as engine:
+        assert [said(done) for done in engine.generate(prompts, params)] == alone
+        assert engine.replica.load().preemptions > 0
+        engine.replica.check()

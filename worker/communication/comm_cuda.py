@@ -13,6 +13,7 @@ from typing import Any
 
 from flm.kernels.backend import Backend
 from flm.kernels.cuda.links import ONE_SHOT, Links, PeerDevice, open_links
+from flm.kernels.errors import CollectiveFailed, DeviceFailed
 from flm.worker.communication.comm import GroupCommunicator, OneByOne
 from flm.worker.communication.watchdog import Watchdog
 
@@ -97,7 +98,16 @@ class CudaCommunicator(OneByOne):
         self._raise_failure()
 
     def _explain(self, error: Exception) -> None:
-        """What was aborted breaks in ways that explain nothing: raise the reason in its place."""
+        """What was aborted breaks in ways that explain nothing: raise the reason in its place. So does a kernel that reaches
+        for memory of a rank which has died."""
+        if (
+            self._watchdog.failure is None
+            and isinstance(error, DeviceFailed)
+            and (gone := self._watchdog.gone())
+        ):
+            self.group.abort()
+            names = " and ".join(f"rank {r}" for r in gone)
+            raise CollectiveFailed(self.rank, f"{names} left the group, and then: {error}") from error
         if self._watchdog.failure is not None:
             raise self._watchdog.failure from error
 

@@ -71,11 +71,20 @@ class Watchdog:
             self._group.abort()
             self._abort()
 
+    def gone(self) -> list[int]:
+        """Ranks without a pulse; those that have died just now lose it while this waits."""
+        self._stopped.wait(STALE + PERIOD)
+        return self._without_pulse()
+
+    def _without_pulse(self) -> list[int]:
+        words, group = self._group.words, self._group
+        oldest = time.monotonic_ns() - int(STALE * 1e9)
+        others = (r for r in range(group.size) if r != group.rank)
+        return [r for r in others if words[flag_index(r) + PULSE] < oldest]
+
     def _suspects(self) -> list[int]:
         """Ranks without a pulse; else those that have not begun the step; else all others."""
         words, group = self._group.words, self._group
         others = [r for r in range(group.size) if r != group.rank]
-        oldest = time.monotonic_ns() - int(STALE * 1e9)
-        still = [r for r in others if words[flag_index(r) + PULSE] < oldest]
         behind = [r for r in others if words[flag_index(r) + BEGUN] < self._line[BEGUN]]
-        return still or behind or others
+        return self._without_pulse() or behind or others

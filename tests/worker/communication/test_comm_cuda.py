@@ -19,7 +19,14 @@ from fake_nccl import BROKEN, REMOTE, FakeNccl
 from flm.kernels.cuda.all_reduce import kernels
 from flm.kernels.cuda.backend import CudaBackend
 from flm.kernels.cuda.elementwise import rms_norm_kernel
-from flm.kernels.errors import CollectiveAborted, CollectiveFailed, CollectiveTimeout, UnsupportedDevice
+from flm.kernels.errors import (
+    CollectiveAborted,
+    CollectiveFailed,
+    CollectiveTimeout,
+    DeviceFailed,
+    UnsupportedDevice,
+)
+from flm.worker.communication import watchdog
 from flm.worker.communication.comm import ThreadCommunicator
 from flm.worker.communication.comm_cuda import CudaCommunicator
 
@@ -242,6 +249,27 @@ def test_a_rank_that_dies_in_the_middle_is_named_in_time(base: EmulatedDevice, n
     assert isinstance(found[0], CollectiveTimeout | CollectiveAborted)
     blamed = [error.missing for error in (found[0], found[2]) if isinstance(error, CollectiveTimeout)]
     assert blamed and all(1 in missing for missing in blamed)
+
+
+@pytest.mark.parametrize("dead", [True, False])
+def test_a_gpu_that_fails_because_a_rank_died_names_it(
+    base: EmulatedDevice, nccl: FakeNccl, dead: bool
+) -> None:
+    """What a kernel reaches of a dead rank's memory may be there no more; a GPU that fails by itself says so."""
+    group = EmulatedGroup(2, base)
+
+    def body(comm: CudaCommunicator) -> None:
+        comm._watchdog.stop()
+        comm._watchdog._thread.join()
+        comm._watchdog._line[watchdog.PULSE] = 0 if dead else 2**62
+        comm.barrier()
+        if comm.rank == 0:
+            with comm.watched():
+                raise DeviceFailed("0", "an illegal memory access was encountered")
+
+    error = on_ranks(group, body)[0]
+    assert isinstance(error, CollectiveFailed if dead else DeviceFailed) and "illegal memory" in str(error)
+    assert ("rank 1 left the group" in str(error)) == dead
 
 
 def test_ranks_that_do_not_join_nccl_are_waited_for_in_vain(base: EmulatedDevice, nccl: FakeNccl) -> None:

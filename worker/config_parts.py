@@ -51,13 +51,15 @@ class RopeConfig:
 class NormConfig:
     """A normalisation over the hidden width: `kind` "rms" (scale only) or "layer" (mean removed). `residual_factor` other
     than 0: the normed value times this, not the value itself, goes on beside what the layer adds (ChatGLM-6B).
-    `sandwich`: what a part gives is normed too, by a norm of its own, before it is added."""
+    `sandwich`: what a part gives is normed too, by a norm of its own, before it is added. `final_eps`: of the last norm,
+    where it has one of its own."""
 
     eps: float
     kind: str = "rms"
     bias: bool = False
     residual_factor: float = 0.0
     sandwich: bool = False
+    final_eps: float | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Decoder:
         self.lm_head_bias = loading.vector(weights.lm_head_bias)
         self.rotary = Rotary(loading, positions)
         self.layers = [self._layer(loading, i, cache) for i, cache in enumerate(caches)]
-        self.final_norm = Norm(loading, "model.norm", gain=m.logit_scale)
+        self.final_norm = Norm(loading, "model.norm", gain=m.logit_scale, eps=m.norm.final_eps)
         self.embedding_norm = Norm(loading, EMBEDDING_NORM) if m.embedding_norm else None
         self._x_TE = loading.workspace.array("x", m.hidden, dtype=np.float32)
         self._delta_TE = loading.workspace.array("delta", m.hidden)

@@ -103,7 +103,8 @@ SUPPORT = (
     Support("BloomForCausalLM", ("BELLE-7B-2M", "bigscience/bloom"), _GOLDEN, ("bloom",)),
     Support("ChatGLMModel", ("THUDM/chatglm-6b", *_sizes("THUDM/chatglm-6b-*", "int4", "int8")), _GOLDEN, ("chatglm1",),
             "positions in two dimensions; a prompt is computed in one step"),
-    Support("RwkvForCausalLM", ("RWKV/rwkv-4-raven",), _GOLDEN, ("rwkv4",), "a state per sequence; nothing to share"),
+    Support("RwkvForCausalLM", ("RWKV/rwkv-4-raven",), _GOLDEN, ("rwkv4",), "a state per sequence; nothing to share; "
+            "not halved every `rescale_every` layers, which transformers does without adapting eps: 2e-4 in 24 random layers"),
     Support("Phi3ForCausalLM", ("microsoft/Phi-3-mini-4k-instruct",), "refused", note=_WINDOW),
     Support("Gemma2ForCausalLM", _sizes("google/gemma-2-*", "9b", "27b"), "refused", note="every other layer has a sliding "
             "window, and scores and logits are capped; neither is there"),

@@ -20,12 +20,22 @@ class Norm:
     the norm of x. So the scale costs nothing here; the embedding is divided by it. `gain` multiplies the weight.
     """
 
-    def __init__(self, loading: Loading, name: str, gain: float = 1.0, scale: float | None = None) -> None:
-        """`scale`: what the values to be normed are divided by, where that is not the model's residual scale."""
+    def __init__(
+        self,
+        loading: Loading,
+        name: str,
+        gain: float = 1.0,
+        scale: float | None = None,
+        eps: float | None = None,
+    ) -> None:
+        """`scale`: what the values to be normed are divided by, where that is not the model's residual scale; eps: where
+        it is not the model's."""
         model = loading.shard.model
         self._ops, self._config = loading.backend, model.norm
         self.root_mean_square = model.norm.kind != "layer"
-        self.eps = model.norm.eps / (model.residual_scale if scale is None else scale) ** 2
+        self.eps = (model.norm.eps if eps is None else eps) / (
+            model.residual_scale if scale is None else scale
+        ) ** 2
         if model.norm.kind == "layer" and not isinstance(loading.backend, ClassicOps):
             raise BackendUnavailable("this device has no kernels for LayerNorm")
         weight = loading.weights.vector(name + ".weight")

@@ -10,6 +10,7 @@ import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,22 @@ WHEELS = (
 )
 
 
+def _wheels() -> tuple[tuple[str, str], ...]:
+    """WHEELS, first those for the CUDA that CuPy was built for: both may be there, with PyTorch for one, and a driver of
+    CUDA 12 does not load what CUDA 13 makes."""
+    try:
+        metadata.version("cupy-cuda12x")
+    except metadata.PackageNotFoundError:
+        return WHEELS
+    return WHEELS[::-1]
+
+
 @lru_cache(maxsize=1)
 def _toolkit() -> tuple[str, str]:
     """The folder of cuda_fp16.h and the path of NVRTC: of the wheels, so that both are of one version; else as installed
     on the system. Raises ToolkitMissing."""
-    for entry in sys.path:
-        for include, lib in WHEELS:
+    for include, lib in _wheels():
+        for entry in sys.path:
             found = sorted(Path(entry, lib).glob("libnvrtc.so.*"))
             if found and Path(entry, include, "cuda_fp16.h").exists():
                 return str(Path(entry, include)), str(found[-1])

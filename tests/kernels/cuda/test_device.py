@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,24 @@ def test_scalars_have_the_width_that_kernels_expect():
 
 def test_instances_tell_true_from_one():
     assert [instance("x.cu", "f", value).name for value in (1, True)] == ["flm::f<1>", "flm::f<true>"]
+
+
+@pytest.mark.parametrize(("cupy_for", "found"), [(13, "cu13/lib"), (12, "cuda_nvrtc/lib")])
+def test_of_two_compilers_cupys_is_taken(tmp_path, monkeypatch, cupy_for, found):
+    """The driver that CuPy for CUDA 12 was chosen for may not load what CUDA 13 compiles."""
+
+    def version(name):
+        if name != f"cupy-cuda{cupy_for}x":
+            raise metadata.PackageNotFoundError(name)
+        return "14.2.0"
+
+    for include, lib in nvrtc.WHEELS:
+        for file in (f"{include}/cuda_fp16.h", f"{lib}/libnvrtc.so.1"):
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).touch()
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert nvrtc._toolkit.__wrapped__()[1] == f"{tmp_path}/nvidia/{found}/libnvrtc.so.1"
 
 
 def test_a_missing_compiler_is_told_with_what_to_install(monkeypatch):

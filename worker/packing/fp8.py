@@ -21,7 +21,7 @@ from flm.worker.tensors.tensor_source import Storage
 class FP8:
     """The scales' shapes say how many weights share one."""
 
-    parts: tuple[str, ...] = ("weight", "weight_scale_inv", "weight_scale", "input_scale")
+    parts: tuple[str, ...] = ("weight", "weight_scale_inv", "weight_scale", "input_scale", "output_scale")
 
     def packs(self, module: Module) -> bool:
         return self._part(module) is not None and module.has("weight")

@@ -18,6 +18,7 @@ from flm.worker.tensors.precision import fuse, row_pieces
 from flm.worker.tensors.tensor_source import SafetensorsSource, Storage
 
 AT_ONCE = 1 << 22  # weights: where rows of the file are inputs, its pieces are a few kilobytes long
+CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "kv_scale")  # caches here are of other types, and need none
 ROWS_APART = 64  # pieces begin at rows that every packing's words begin at
 
 
@@ -39,14 +40,15 @@ class PackedSource(SafetensorsSource):
                 yield stem, module
 
     def names(self) -> Iterable[str]:
-        """Without the biases of zeros that packers write beside weights that have none."""
+        """Without the biases of zeros that packers write beside weights that have none, and the scales of a cache in fp8."""
         return [name for name in self._names if not self._is_idle(name)]
 
     def _is_idle(self, name: str) -> bool:
         stem, _, kind = name.rpartition(".")
-        return (
-            kind == "bias" and f"{stem}.weight" in self._modules and not self._tensors[name].read(name).any()
-        )
+        if kind in CACHE_SCALES:
+            return True
+        beside = kind == "bias" and f"{stem}.weight" in self._modules
+        return beside and not self._tensors[name].read(name).any()
 
     def has(self, name: str) -> bool:
         return name in self._modules or super().has(name)

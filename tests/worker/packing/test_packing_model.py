@@ -8,11 +8,13 @@ import numpy as np
 import packers
 import pytest
 from packed_model import METHODS, drawing, write_model
+from safetensors_writer import write_safetensors
 
 from flm.worker import Engine
 from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.checkpoints.weights import load_weights, shard_spec
 from flm.worker.errors import CheckpointError
+from flm.worker.files.safetensors_file import SafetensorsFile
 
 IDS = np.random.default_rng(2).integers(0, 96, 40).tolist()
 
@@ -74,4 +76,18 @@ def test_biases_of_zeros_beside_packed_weights_are_none(tmp_path: Path) -> None:
     value = 0.5
     packed, _ = write_model(tmp_path / "others", biased, {"quantization_config": method})
     with pytest.raises(CheckpointError, match=r"does not have: 'model.layers.0.self_attn.o_proj.bias', "):
+        open_checkpoint(packed)
+
+
+def test_scales_of_an_fp8_cache_are_passed_over(tmp_path: Path) -> None:
+    packed, _ = write_model(tmp_path, drawing("fp8"), {"quantization_config": METHODS["fp8"]})
+    file, prefix = packed / "model.safetensors", "model.layers.1.self_attn."
+    tensors = {name: entry.dtype for name, entry in SafetensorsFile(file).tensors.items()}
+    values = {name: SafetensorsFile(file).read(name) for name in tensors}
+    more = {prefix + name: np.ones(1, np.float32) for name in ("k_scale", "v_scale", "k_proj.output_scale")}
+    fp8 = {name: kind for name, kind in tensors.items() if kind == "F8_E4M3"}
+    write_safetensors(file, values | more, fp8)
+    assert open_checkpoint(packed).storage(prefix + "k_proj.weight").format == "fp8"
+    write_safetensors(file, values | {prefix + "q_proj.shift": np.ones(1, np.float32)}, fp8)
+    with pytest.raises(CheckpointError, match=r"does not have: 'model.layers.1.self_attn.q_proj.shift'"):
         open_checkpoint(packed)

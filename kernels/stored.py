@@ -54,7 +54,7 @@ class StoredMatrix:
 
         def work(first: int, rows: QuantizedMatrix) -> QuantizedMatrix:
             take_codes(first, rows)
-            return replace(rows, codes=rows.codes[:0])
+            return without_codes(rows)
 
         pieces = list(self.pieces(unit, work))
         return pieces[0] if len(pieces) == 1 else concat_rows(pieces)
@@ -63,6 +63,11 @@ class StoredMatrix:
         """All of it in memory."""
         pieces = list(self.pieces(64, lambda first, rows: rows))
         return pieces[0] if len(pieces) == 1 else concat_rows(pieces)
+
+
+def without_codes(rows: QuantizedMatrix) -> QuantizedMatrix:
+    """Its scales, offsets and order of inputs; none of the memory that its codes are in."""
+    return replace(rows, codes=np.empty((0, *rows.codes.shape[1:]), rows.codes.dtype))
 
 
 def _in_turn(

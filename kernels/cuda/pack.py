@@ -6,7 +6,7 @@ Shape legend: N outputs, K inputs, G groups along K.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flm.kernels.errors import ShapeError, UnsupportedFormat
 from flm.kernels.quant import QuantizedMatrix, bfloat16_bits, concat_rows
-from flm.kernels.stored import StoredMatrix
+from flm.kernels.stored import StoredMatrix, without_codes
 
 Array = Any
 STEPS = {"int4": 4, "int8": 2, "fp8": 2, "float": 1}  # steps of 16 inputs in a tile
@@ -89,7 +89,7 @@ def pack(matrix: QuantizedMatrix | StoredMatrix, activation: str, device: Memory
     kept: list[QuantizedMatrix] = []
 
     def work(first: int, rows: QuantizedMatrix) -> tuple[int, Array, QuantizedMatrix]:
-        return first // 16, _packed_codes(rows, activation), replace(rows, codes=rows.codes[:0])
+        return first // 16, _packed_codes(rows, activation), without_codes(rows)
 
     for tile, tiles, rest in stored.pieces(16, work):
         kept.append(rest)

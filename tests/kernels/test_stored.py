@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from threading import get_ident
 from typing import Any
@@ -93,6 +94,21 @@ def test_tiles_hold_each_weight_where_weights_h_reads_it(name: str, steps: int) 
             bits = "u2" if name == "bfloat16" else "u1"
             found = lane.view(bits).reshape(steps, 2, 2, 2)[s, p, half, h]
         assert found == plain[row, column], (row, column)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_no_second_copy_is_in_memory_while_a_matrix_is_packed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "UNDER_WAY", 1 << 16)
+    read = lambda start, stop: from_float(np.full((stop - start, 512), 1, np.float32), "bfloat16")
+    matrix = StoredMatrix((4096, 512), read)
+    tracemalloc.start()
+    packed = cpu_pack(matrix) if name == "cpu" else cuda_pack(matrix, "bfloat16", HostArrays())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert packed.codes.nbytes == 4 << 20
+    assert peak < 6 << 20
 
 
 def test_offsets_that_only_some_rows_need() -> None:

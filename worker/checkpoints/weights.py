@@ -89,6 +89,8 @@ class ModelWeights:
     def stored(self, name: str, rows: Span | None = None, cols: Span | None = None) -> StoredMatrix:
         """As matrix, to be read by whoever packs it."""
         whole_rows, whole_cols = self._announced(name, rows, cols)
+        if not self._checkpoint.storage(name).by_rows:
+            return self._read_at_once(name, whole_rows, whole_cols)
 
         def read(start: int, stop: int) -> QuantizedMatrix:
             span = Span(whole_rows.start + start, whole_rows.start + stop)
@@ -96,16 +98,26 @@ class ModelWeights:
 
         return StoredMatrix((whole_rows.size, whole_cols.size), read)
 
+    def _read_at_once(self, name: str, rows: Span, cols: Span) -> StoredMatrix:
+        """Of a file whose rows are inputs: a few outputs are some bytes of every one of them. Kept packed until it is not
+        needed any more."""
+        lock, held = Lock(), list[QuantizedMatrix]()
+
+        def read(start: int, stop: int) -> QuantizedMatrix:
+            with lock:
+                if not held:
+                    held.append(self._counted(self._piece(name, rows, cols)))
+            return held[0].slice_rows(start, stop)
+
+        return StoredMatrix((rows.size, cols.size), read)
+
     def stored_below(self, prefix: str, parts: Sequence[tuple[str, Span]]) -> StoredMatrix:
         """As fused, to be read by whoever packs it."""
         names = [f"{prefix}{name}.weight" for name, _ in parts]
         stored = [self.stored(name, rows) for name, (_, rows) in zip(names, parts, strict=True)]
         if len(stored) == 1:
             return stored[0]
-        first = [Span(rows.start, min(rows.start + 1, rows.stop)) for _, rows in parts]
-        cols = Span(0, stored[0].shape[1])
-        heads = [self._piece(name, row, cols) for name, row in zip(names, first, strict=True)]
-        return stored_below(stored, heads)
+        return stored_below(stored, [part.read(0, min(1, part.shape[0])) for part in stored])
 
     def matrix(self, name: str, rows: Span | None = None, cols: Span | None = None) -> QuantizedMatrix:
         """Rows and columns of a matrix in the wanted precision."""
@@ -148,7 +160,11 @@ class ModelWeights:
     def _converted(self, name: str, rows: Span, cols: Span, wanted: str, group: int) -> QuantizedMatrix:
         if wanted == self._checkpoint.storage(name).format:
             return self._checkpoint.matrix(name, rows, cols)
-        read = lambda a, b: self._checkpoint.matrix(name, Span(rows.start + a, rows.start + b), cols)
+        read: Callable[[int, int], QuantizedMatrix]
+        if self._checkpoint.storage(name).by_rows:
+            read = lambda a, b: self._checkpoint.matrix(name, Span(rows.start + a, rows.start + b), cols)
+        else:
+            read = self._checkpoint.matrix(name, rows, cols).slice_rows
         pieces = (convert(read(a, b), wanted, group) for a, b in row_pieces(rows.size, cols.size))
         return stack_rows(pieces, rows.size)
 

@@ -124,9 +124,12 @@ def _appearing(target: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `target` when the block ends without an error and is removed otherwise. What an
     earlier, killed conversion left there is removed first."""
     partial = target.parent / f".{target.name}.partial"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritten(target, error) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,11 +143,19 @@ def _appearing(target: Path) -> Iterator[Path]:
             os.fsync(lock)
             partial.rename(target)
             _sync(target.parent)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):  # the disk is full, or fails; what is read has errors of its own
+                raise _unwritten(target, error) from error
             raise
     finally:
         os.close(lock)
+
+
+def _unwritten(target: Path, error: OSError) -> ConfigError:
+    reason = error.strerror or str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    return ConfigError(f"{target} cannot be written: {reason}{where}; nothing is left of it", field="target")
 
 
 def _empty(directory: Path) -> None:

@@ -119,4 +119,5 @@ def stored_matrix(checkpoint: Checkpoint, tensor: _Tensor, group: int) -> Stored
             checkpoint.source.matrix(tensor.name, Span(start, stop), Span(0, k)), tensor.format, group
         )
 
-    return StoredMatrix((n, k), read)
+    by_rows = checkpoint.source.storage(tensor.name).by_rows
+    return StoredMatrix((n, k), read) if by_rows else StoredMatrix.of(read(0, n))

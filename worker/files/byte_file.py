@@ -23,6 +23,7 @@ from flm.worker.errors import CheckpointError
 _LFS = b"version https://git-lfs"  # how what stands for a file begins that was cloned without its contents
 REQUEST = 128 << 10  # the least that systems read at once when they are told of a range
 SHORT_PIECE = 128  # bytes of a row below which the gap is read too: a call takes longer than the copy
+MOST_OF_GAPS = 4  # unless that would be more than so many times the bytes
 NARROW_GAP = 64 << 10  # bytes between pieces of rows that the disk reads too: another rank wants them
 
 
@@ -60,7 +61,7 @@ class ByteFile:
     def rows_at(self, offset: int, row_bytes: int, first: int, length: int, rows: range) -> NDArray[np.uint8]:
         """[rows, length]: `length` bytes from `first` on of each of those rows of `row_bytes`, the first at `offset`."""
         start, count = offset + rows.start * row_bytes, len(rows)
-        if length == row_bytes or length < SHORT_PIECE:
+        if length == row_bytes or (length < SHORT_PIECE and row_bytes <= MOST_OF_GAPS * length):
             return self.bytes_at(start, count * row_bytes).reshape(count, row_bytes)[
                 :, first : first + length
             ]

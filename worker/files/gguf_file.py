@@ -257,6 +257,10 @@ class GGUFFile:
                     f"tensor {name!r} at byte {tensor.offset} overlaps {before!r}, which ends at {end}"
                 )
             end, before = tensor.offset + tensor.nbytes, name
+        if end > self._file.size:
+            raise self._fail(
+                f"truncated: {end} bytes expected, where tensor {before!r} ends, found {self._file.size}"
+            )
         return tensors
 
     def _tensor(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> GGUFTensor:
@@ -273,10 +277,6 @@ class GGUFFile:
                 f"tensor {name!r}: {kind} needs rows of a multiple of {block}, found shape {list(shape)}"
             )
         nbytes = prod(shape) // block * size
-        if offset + nbytes > self._file.size:
-            raise self._fail(
-                f"truncated: tensor {name!r} ends at byte {offset + nbytes}, the file has {self._file.size} bytes"
-            )
         return GGUFTensor(kind, shape, block, size, offset, nbytes)
 
 

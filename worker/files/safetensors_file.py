@@ -141,10 +141,6 @@ class SafetensorsFile:
             raise self._fail(
                 f"tensor {name!r}: {dtype} {shape} needs {want} bytes, its data_offsets hold {stop - start}"
             )
-        if base + stop > self._file.size:
-            raise self._fail(
-                f"truncated: tensor {name!r} ends at byte {base + stop}, the file has {self._file.size} bytes"
-            )
         return TensorEntry(dtype, tuple(shape), base + start, want)
 
     def _check_layout(self, entries: dict[str, TensorEntry], base: int) -> None:
@@ -156,6 +152,10 @@ class SafetensorsFile:
                 )
             if entry.nbytes:
                 end, before = entry.offset + entry.nbytes, name
+        if end > self._file.size:
+            raise self._fail(
+                f"truncated: {end} bytes expected, where tensor {before!r} ends, found {self._file.size}"
+            )
 
 
 def open_safetensors(directory: Path) -> dict[str, SafetensorsFile]:

@@ -5,7 +5,7 @@ qweight int32 [K, N / 8] and qzeros int32 [G, N / 8], both packed along N in AWQ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -41,7 +41,8 @@ class AWQ:
     def storage(self, module: Module) -> Storage:
         _, k = self.shape(module)
         unit = unit_of(self.group, k)
-        return Storage.of_groups("AWQ int4", "int4", unit, module.nbytes(self.parts), 64 / unit)
+        storage = Storage.of_groups("AWQ int4", "int4", unit, module.nbytes(self.parts), 64 / unit)
+        return replace(storage, by_rows=False)
 
     def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
         whole = module.shape("qweight")[0] if self.group < 0 else self.group

@@ -6,7 +6,7 @@ qweight int32 [K * bits / 32, N] packed along K, qzeros int32 [G, N * bits / 32]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,8 @@ class GPTQ:
         unit = unit_of(self.group, k)
         group = unit if self._order(module, k) is None else NARROWEST_GROUP
         label, format, size = f"GPTQ int{self.bits}", f"int{self.bits}", module.nbytes(self.parts)
-        return Storage.of_groups(label, format, group, size, scale_bits=64 / unit)
+        storage = Storage.of_groups(label, format, group, size, scale_bits=64 / unit)
+        return replace(storage, by_rows=False)
 
     def matrix(self, module: Module, rows: Span, cols: Span) -> QuantizedMatrix:
         _, k = self.shape(module)

@@ -7,7 +7,7 @@ weight [N, bytes of a row's codes]: U8 int4, I8 int8, F8_E4M3 fp8. weight_scale 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flm.kernels.quant import QuantizedMatrix, concat_rows
-from flm.kernels.stored import StoredMatrix
+from flm.kernels.stored import StoredMatrix, without_codes
 from flm.worker.config import Span
 from flm.worker.files.safetensors_writer import SafetensorsWriter
 from flm.worker.packing.module import Module
@@ -103,7 +103,7 @@ def write_weight(writer: SafetensorsWriter, name: str, matrix: StoredMatrix) -> 
 
     def codes() -> Iterator[NDArray[Any]]:
         for piece in chain([first], pieces):
-            kept.append(replace(piece, codes=piece.codes[:0]))
+            kept.append(without_codes(piece))
             yield piece.codes
 
     writer.add_rows(name, DTYPES[first.format], codes())

@@ -6,8 +6,10 @@ The parts of a layer (qweight, scales, …) are hidden, and its weight is there 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flm.kernels.cores import usable_cpus
 from flm.kernels.errors import KernelError
 from flm.kernels.quant import QuantizedMatrix
 from flm.worker.config import Span
@@ -17,7 +19,9 @@ from flm.worker.packing.module import Module, Packing
 from flm.worker.tensors.precision import fuse, row_pieces
 from flm.worker.tensors.tensor_source import SafetensorsSource, Storage
 
-AT_ONCE = 1 << 22  # weights: where rows of the file are inputs, its pieces are a few kilobytes long
+AT_ONCE = 1 << 22  # weights
+WIDE = 512  # outputs at once where the file's rows are inputs: pieces of those are not too short then
+THREADS = 4
 CACHE_SCALES = ("q_scale", "k_scale", "v_scale", "kv_scale")  # caches here are of other types, and need none
 ROWS_APART = 64  # pieces begin at rows that every packing's words begin at
 
@@ -69,11 +73,19 @@ class PackedSource(SafetensorsSource):
     def matrix(self, name: str, rows: Span, cols: Span) -> QuantizedMatrix:
         if name not in self._modules:
             return super().matrix(name, rows, cols)
-        module, step = self._modules[name], ROWS_APART
-        pieces = []
-        for start, stop in row_pieces(-(-rows.size // step), cols.size * step, AT_ONCE):
-            piece = Span(rows.start + start * step, min(rows.start + stop * step, rows.stop))
-            pieces.append(self._packing.matrix(module, piece, cols))
+        module, step, by_rows = self._modules[name], ROWS_APART, self.storage(name).by_rows
+        at_once = AT_ONCE if by_rows else max(AT_ONCE, WIDE * cols.size)
+
+        def piece(bounds: tuple[int, int]) -> QuantizedMatrix:
+            span = Span(rows.start + bounds[0] * step, min(rows.start + bounds[1] * step, rows.stop))
+            return self._packing.matrix(module, span, cols)
+
+        bounds = list(row_pieces(-(-rows.size // step), cols.size * step, at_once))
+        if by_rows or len(bounds) == 1:
+            pieces = [piece(each) for each in bounds]
+        else:
+            with ThreadPoolExecutor(min(THREADS, usable_cpus())) as pool:
+                pieces = list(pool.map(piece, bounds))
         return pieces[0] if len(pieces) == 1 else fuse(pieces)
 
     def will_read(self, name: str, rows: Span, cols: Span) -> None:

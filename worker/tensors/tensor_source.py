@@ -26,13 +26,15 @@ _DECODE_WEIGHTS = 1 << 18  # at once: temporaries stay in the cache, and the nex
 @dataclass(frozen=True)
 class Storage:
     """How a tensor is stored: its label for people, QuantizedMatrix' format and group (0 for floats), its bytes there,
-    and bits per weight in memory, scales and offsets included, where it is kept as it is."""
+    and bits per weight in memory, scales and offsets included, where it is kept as it is. by_rows: whether what belongs to a
+    row of the matrix lies together."""
 
     label: str
     format: str
     group: int
     nbytes: int
     bits: float
+    by_rows: bool = True
 
     @staticmethod
     def of_floats(format: str, nbytes: int) -> Storage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -145,6 +146,28 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="got 'int3'"):
         convert(GOLDEN / "llama2", tmp_path / "new", "int3", 0, lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, ranks: int) -> None:
+    """Here the system refuses to let a file grow, as it does where no space is left."""
+    limits, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(
+            ConfigError, match=r"new cannot be written: File too large; nothing is left of it"
+        ):
+            convert(GOLDEN / "llama2", tmp_path / "new", "int8", ranks, lambda _: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"new cannot be written: File exists \(.*file\)"):
+        convert(GOLDEN / "llama2", tmp_path / "file" / "new", "int8", ranks, lambda _: None)
 
 
 KILLED = """

@@ -152,7 +152,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     ),
     "odd row": (header(3, 1, 0, tensor("w", [40, 2], 8)), "Q8_0 needs rows of a multiple of 32"),
     "no rows": (header(3, 1, 0, tensor("w", [32, 0], 0)), "found shape [0, 32]"),
-    "beyond": (header(3, 1, 0, tensor("w", [4, 2], 0, 64)), "truncated: tensor 'w' ends at byte"),
+    "beyond": (
+        header(3, 1, 0, tensor("w", [4, 2], 0, 64)),
+        "truncated: 192 bytes expected, where tensor 'w' ends, found 129",
+    ),
     "overlap": (header(3, 2, 0, tensor("a", [4], 0) + tensor("b", [4], 0, 8)), "'b' at byte"),
 }
 

@@ -98,7 +98,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "unknown dtype": ({"w": entry("F4", [2], 0, 8)}, "tensor 'w' has unknown dtype 'F4'; known: BF16"),
     "dtype no text": ({"w": entry(["F32"], [2], 0, 8)}, "unknown dtype"),  # type: ignore[arg-type]
     "bytes against shape": ({"w": entry("F32", [2, 2], 0, 8)}, "needs 16 bytes, its data_offsets hold 8"),
-    "beyond the end": ({"w": entry("F32", [3], 0, 12)}, "truncated: tensor 'w' ends at byte"),
+    "beyond the end": (
+        {"w": entry("F32", [3], 0, 12)},
+        "truncated: 82 bytes expected, where tensor 'w' ends, found 78",
+    ),
     "huge": ({"w": entry("F32", [2**40, 2**40], 0, 8)}, "needs"),
     "more digits than Python prints": ({"w": entry("F32", [2**62] * 9999, 0, 8)}, "up to 32 sizes"),
     "an endless size": ({"w": entry("F32", [2**64], 0, 8)}, "< 2**63"),

@@ -206,7 +206,8 @@ class Replica:
                 assert result is not None, "the leader's runner samples"
                 self.step += 1
                 events = self._scheduler.postprocess(self._flying.popleft(), result, time.monotonic())
-                self._wake.notify_all()
+                if not self._flying:
+                    self._wake.notify_all()  # whoever borrows blocks waits for that
             # taken now and not before: were the step to fail, their last events would be lost
             cancelled, self._cancelled = self._cancelled, []
             self._undelivered = cancelled + events

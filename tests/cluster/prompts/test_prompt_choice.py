@@ -112,6 +112,15 @@ def test_qwen_and_glm4_ids(tmp_path: Path) -> None:
     ]
 
 
+def test_a_glm4s_own_template_ends_answers_where_another_role_begins(tmp_path: Path) -> None:
+    source = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
+    glm = checkpoint(
+        tmp_path, "Glm4ForCausalLM", RANKS, tokenizer_class="ChatGLM4Tokenizer", chat_template=source
+    )
+    stops = choose_template(BY_CHECKPOINT, load_tokenizer(glm), glm).stop_ids
+    assert stops == (SIZE, SIZE + 7, SIZE + 9)  # <|endoftext|>, <|user|>, <|observation|>
+
+
 # ------------------------------------------------------------------------------------------- fastllm's four texts
 
 

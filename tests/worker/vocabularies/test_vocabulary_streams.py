@@ -59,3 +59,22 @@ def test_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
     # Qwen brings texts into a normal form first
     assert tokenizer.decode(ids, skip_special=False) in (text, unicodedata.normalize("NFC", text))
+
+
+@given(text=TEXT.filter(bool), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_streams_that_go_on_elsewhere(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
+    """Cut anywhere, also within a character: what came before and what comes after are the whole, and none of it is
+    half a character."""
+    ids = tokenizer.encode(text, add_special=False, parse_special=False)
+    whole = tokenizer.decode(ids, skip_special=False)
+    cut = data.draw(st.integers(0, len(ids)))
+    before, after = (
+        IncrementalDecoder(tokenizer, False),
+        IncrementalDecoder(tokenizer, False, after=ids[:cut]),
+    )
+    said = "".join(before.push(i) for i in ids[:cut])
+    rest = [*(after.push(i) for i in ids[cut:]), after.flush()]
+    assert ("\ufffd" in "".join([said, *rest])) == ("\ufffd" in text)
+    if said:  # else the space in front of a whole text may still be to come
+        assert "".join([said, *rest]) == whole

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
 from flm.cluster.cli import app
-from flm.cluster.settings.config import ClusterConfig, ModelSection
+from flm.cluster.settings.config import ClusterConfig, ModelSection, parse_config
 from flm.cluster.settings.hardware import KNOWN_GPUS, NodeSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,3 +46,39 @@ def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
         assert [link for link in links if not (page.parent / link).exists()] == [], page
+
+
+def blocks(kind: str) -> list[tuple[str, str]]:
+    """Page and text of every block of this kind."""
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    found = [
+        (page.name, re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+        for page in pages
+    ]
+    return [(name, text) for name, texts in found for text in texts]
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"))
+def test_printed_yaml_is_what_the_configuration_takes(page: str, text: str) -> None:
+    more = ("" if "name: demo" in text else "name: x\n") + (
+        "" if "models:" in text else "models: [{name: m, path: p}]\n"
+    )
+    assert parse_config(more + text, page).models
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("console"))
+def test_printed_commands_are_what_the_cli_takes(page: str, text: str) -> None:
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    for line in re.findall(r"^\$ flm-cluster (.*)$", text, re.MULTILINE):
+        name, *arguments = shlex.split(line, comments=True)
+        with group.commands[name].make_context(name, arguments):
+            pass  # wrong usage raises
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"))
+def test_printed_python_uses_what_there_is(page: str, text: str) -> None:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            module = import_module(node.module or "")
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []

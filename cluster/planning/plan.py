@@ -24,7 +24,7 @@ from flm.kernels.cuda.inventory import missing_cublas
 from flm.worker.errors import CheckpointError, ConfigError, DoesNotFit
 from flm.worker.execution.device_support import missing_on_gpus
 
-COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "sequences", "tok/s")
+COLUMNS = ("model", "rank", "node", "weights", "KV", "KV tokens", "full contexts", "tok/s")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ class Plan:
         title = "\n".join([f"Plan for hardware {source}; all figures are estimates.", *models])
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for heading in COLUMNS:
-            table.add_column(heading, justify="left" if heading in COLUMNS[:3] else "right", no_wrap=True)
+            left, two_words = heading in COLUMNS[:3], " " in heading  # which may stand in two lines
+            table.add_column(heading, justify="left" if left else "right", no_wrap=not two_words)
         for model in self.models:
             speed = f"{model.tokens_per_second:,.0f}" if model.tokens_per_second else "?"
             whole = (f"{model.kv_tokens:,}", f"{model.concurrency}×{model.max_context:,}", speed)

@@ -137,7 +137,7 @@ def choose_template(choice: PromptChoice, tokenizer: Tokenizer, path: Path | Non
             tokenizer.bos_token or "",
             tokenizer.eos_token or "",
             token_id=tokenizer.token_id,
-            stop_ids=_ids(tokenizer, (end for end in _TURN_ENDS if end in tokenizer.chat_template)),
+            stop_ids=_ids(tokenizer, _turn_ends(tokenizer.chat_template)),
         )
     facts = read_facts(path) if path is not None else Facts()
     rule = next((rule for rule in RULES if rule.holds(facts, tokenizer)), None)
@@ -148,6 +148,13 @@ def choose_template(choice: PromptChoice, tokenizer: Tokenizer, path: Path | Non
             f"(one of {known}), or pre_prompt, user_role, bot_role and history_sep there"
         )
     return _built_in(f"prompt_format {rule.format}", FORMATS[rule.format], tokenizer, strict=False)
+
+
+def _turn_ends(template: str) -> tuple[str, ...]:
+    ends = (
+        FORMATS["glm4"].stop if "[gMASK]<sop>" in template else ()
+    )  # a GLM-4's answer ends where another role begins
+    return (*ends, *(end for end in _TURN_ENDS if end in template))
 
 
 def _built_in(what: str, format: PromptFormat, tokenizer: Tokenizer, *, strict: bool) -> ChatTemplate:

@@ -55,6 +55,9 @@ class ChatTemplate:
             "bos_token": bos_token,
             "eos_token": eos_token,
             "separate": SEPARATE,
+            # What the field's renderer gives besides; templates ask whether it is there in more ways than one.
+            "tools": None,
+            "documents": None,
             **(texts or {}),
         }
         self._variables["token"] = lambda token: _mark(token, token_id(token))

@@ -164,8 +164,8 @@ def _one(source: YamlSource, detail: dict[str, Any], keys: Mapping[YamlPath, lis
     message = str(detail["msg"])
     if detail["type"] in ("value_error", "assertion_error"):
         return source.error(path, message.split(", ", 1)[1])
-    if message.startswith("Input should be "):
-        message = "expected " + message.removeprefix("Input should be ")
+    message = re.sub(r"^(Input should be|\w+ should have)", "expected", message)
+    message = re.sub(r" after validation, not \d+$", "", message)
     return source.error(path, f"{message}, got {detail['input']!r:.60}")
 
 

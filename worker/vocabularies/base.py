@@ -121,10 +121,10 @@ class SplitVocabulary:
     def encode(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
         ids: list[int] = []
         for index, part in enumerate(self.splitter.parts(text, parse_special)):
-            ids += [part] if isinstance(part, int) else self._encode_run(part, index == 0)
+            ids += [part] if isinstance(part, int) else self._encode_run(part, index == 0, parse_special)
         return self._with_ends(ids) if add_special else ids
 
-    def _encode_run(self, run: str, first: bool) -> list[int]:
+    def _encode_run(self, run: str, first: bool, parse_special: bool) -> list[int]:
         """Tokens of a text without added tokens. first: nothing stands before it."""
         raise NotImplementedError
 

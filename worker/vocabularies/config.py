@@ -23,6 +23,7 @@ class TokenizerConfig:
     fields: Fields
     added: dict[str, AddedToken] = field(default_factory=dict)
     chat_template: str | None = None
+    roles: frozenset[str] = frozenset()  # tokens that are named for what they do: bos_token and its like
 
     def token(self, name: str) -> str | None:
         """bos_token and its like: a string, or the object that older files keep."""
@@ -46,18 +47,23 @@ def read_config(directory: Path) -> TokenizerConfig:
     if roles.is_file():
         given = {key: value for key, value in fields.raw.items() if value is not None}
         fields = Fields(path, read_json(roles).raw | given)
-    return TokenizerConfig(directory, fields, _added(directory, fields), _template(directory, fields))
+    special = _roles(fields)
+    added = _added(directory, fields, special)
+    return TokenizerConfig(directory, fields, added, _template(directory, fields), special)
 
 
 def _content(value: Any) -> Any:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _added(directory: Path, fields: Fields) -> dict[str, AddedToken]:
-    """Tokens beside the vocabulary proper, by how they are spelt."""
-    special = {_content(fields.get(name)) for name in _ROLES}
+def _roles(fields: Fields) -> frozenset[str]:
     more = fields.get("additional_special_tokens")
-    special |= {_content(token) for token in more} if isinstance(more, list) else set()
+    named = [*(fields.get(name) for name in _ROLES), *(more if isinstance(more, list) else ())]
+    return frozenset(token for token in map(_content, named) if isinstance(token, str) and token)
+
+
+def _added(directory: Path, fields: Fields, special: frozenset[str]) -> dict[str, AddedToken]:
+    """Tokens beside the vocabulary proper, by how they are spelt."""
     found: dict[str, AddedToken] = {}
     older = directory / "added_tokens.json"
     if older.is_file():

@@ -76,7 +76,7 @@ def _read(path: Path, config: TokenizerConfig) -> tuple[Vocabulary, list[str | N
     if (path / "tokenizer.json").is_file():
         from flm.worker.vocabularies import library
 
-        return library.read_json_file(path / "tokenizer.json"), [None, None]
+        return library.read_json_file(path / "tokenizer.json", config), [None, None]
     for name in ("tokenizer.model", "qwen.tiktoken", "ice_text.model"):
         if (path / name).is_file():
             return _read_model(path / name, config)

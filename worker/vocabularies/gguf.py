@@ -6,6 +6,8 @@ with scores and byte fallback), for which the SentencePiece model is put togethe
 
 from __future__ import annotations
 
+import re
+
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -18,6 +20,8 @@ from flm.worker.vocabularies.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types, which are SentencePiece's
+# Tokens that some files call user-defined though they begin or end a turn, or a hole to fill
+_MARKS = re.compile(r"<\|\w+\|>|<｜[^<>]+｜>|<(start|end)_of_turn>")
 
 
 def read_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -66,12 +70,11 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Vocabula
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = byte_level_splits(patterns.BY_NAME[pre])
     tokenizer.decoder = decoders.ByteLevel()
-    added = {_CONTROL: True, _USER_DEFINED: False}
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=added[t], normalized=False)
+            AddedToken(token, special=t == _CONTROL or bool(_MARKS.fullmatch(token)), normalized=False)
             for token, t in zip(tokens, types, strict=True)
-            if t in added and token
+            if t in (_CONTROL, _USER_DEFINED) and token
         ]
     )
     bos, eos = _ends(file, tokens, pre in patterns.ADD_BOS)
@@ -79,7 +82,8 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Vocabula
         single = [*(tokens[i] for i in bos), "$A", *(tokens[i] for i in eos)]
         named = [(tokens[i], i) for i in {*bos, *eos}]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
-    return LibraryVocabulary(tokenizer)
+    texts = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    return LibraryVocabulary(tokenizer, texts)
 
 
 def _pieces(file: GGUFFile, tokens: list[str], types: list[int]) -> Vocabulary:
@@ -92,19 +96,24 @@ def _pieces(file: GGUFFile, tokens: list[str], types: list[int]) -> Vocabulary:
         found = len(scores) if isinstance(scores, list) else scores
         raise _fail(file, f"{_PREFIX}scores: {len(tokens)} entries expected, found {found}")
     space = bool(file.get(_PREFIX + "add_space_prefix", True))
-    model = sentencepiece_model.rebuild(tokens, scores, types, space)
+    unknown = _id(file, "unknown", len(tokens))
+    model = sentencepiece_model.rebuild(tokens, scores, types, space, unknown)
     bos, eos = _ends(file, tokens, True)
-    return sentencepiece_model.SentencePieceVocabulary(model, sentencepiece_model.own_tokens(model), bos, eos)
+    own, inside = sentencepiece_model.own_tokens(model), sentencepiece_model.role_marks(model)
+    return sentencepiece_model.SentencePieceVocabulary(model, own, bos, eos, inside=inside)
 
 
 def _ends(file: GGUFFile, tokens: list[str], wants_bos: bool) -> tuple[list[int], list[int]]:
     """What encode() puts around a text."""
     ends: dict[str, list[int]] = {"bos": [], "eos": []}
     for name, default in (("bos", wants_bos), ("eos", False)):
-        i = file.get(f"{_PREFIX}{name}_token_id")
-        if not file.get(f"{_PREFIX}add_{name}_token", default) or i is None:
-            continue
-        if type(i) is not int or not 0 <= i < len(tokens):
-            raise _fail(file, f"{_PREFIX}{name}_token_id: an id below {len(tokens)} expected, found {i!r}")
-        ends[name] = [i]
+        i = _id(file, name, len(tokens)) if file.get(f"{_PREFIX}add_{name}_token", default) else None
+        ends[name] = [] if i is None else [i]
     return ends["bos"], ends["eos"]
+
+
+def _id(file: GGUFFile, name: str, size: int) -> int | None:
+    i = file.get(f"{_PREFIX}{name}_token_id")
+    if i is not None and (type(i) is not int or not 0 <= i < size):
+        raise _fail(file, f"{_PREFIX}{name}_token_id: an id below {size} expected, found {i!r}")
+    return i

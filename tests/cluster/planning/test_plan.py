@@ -208,6 +208,15 @@ def test_json_and_table_say_the_same() -> None:
     assert f"{data['models'][0]['kv_tokens']:,}" in out.getvalue()
 
 
+def test_nothing_of_a_large_plan_is_cut_off_in_80_columns() -> None:
+    path = str(DEPLOY / "shapes" / "deepseek-v2")
+    demand = Demand("deepseek-v2", path, tensor_parallel=16, expert_parallel=True, max_context=32768)
+    plan, out = plan_demands([demand], gpu_host(16)), StringIO()
+    Console(file=out, width=80).print(plan.table())
+    assert "…" not in out.getvalue()
+    assert f"{plan.models[0].concurrency}×32,768" in out.getvalue() and "tok/s" in out.getvalue()
+
+
 def test_a_model_without_replicas_is_planned_and_shown() -> None:
     plan = plan_demands([Demand("none", SMOL, max_context=2048, replicas=0)], LAPTOP)
     out = StringIO()

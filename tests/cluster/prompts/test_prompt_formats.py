@@ -53,7 +53,7 @@ FIRST = 0x110000  # ids of special tokens
 class Characters(SplitVocabulary):
     pieces = None
 
-    def _encode_run(self, run: str, first: bool) -> list[int]:
+    def _encode_run(self, run: str, first: bool, parse_special: bool) -> list[int]:
         return [ord(c) for c in "▁" + run]
 
 

@@ -134,3 +134,26 @@ def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.1)
     loops = "{% set l = range(9999) | list %}{% for i in l %}{% for j in l %}{% endfor %}{% endfor %}"
     assert "took more than" in refusal(loops)
+
+
+def test_what_a_template_may_ask_of_tools_that_nobody_gave() -> None:
+    """As the field renders: there, and none."""
+    source = "{% if tools is not none %}a{% endif %}{% if tools %}b{% endif %}{% if documents is defined %}c{% endif %}"
+    assert ChatTemplate(source).render(HELLO) == "c"
+
+
+def test_a_template_of_glm_4_0414s_shape() -> None:
+    """Roles in turn without line ends between them, loops over some of the messages, fields that a message may have."""
+    source = (
+        "[GM]<sop>\n{%- if tools -%}\n<|system|>\n{% for tool in tools %}\n    {%- set f = tool.function %}\n"
+        "{{ f | tojson(indent=4, ensure_ascii=False) }}\n{%- endfor %}\n{%- endif -%}\n\n"
+        "{%- for m in messages if m.role == 'system' %}\n<|system|>\n{{ m.content }}\n{%- endfor %}\n\n"
+        "{%- for m in messages if m.role != 'system' %}\n    {%- set meta = m.get('metadata', '') %}\n"
+        "    {%- if m['role'] == 'user' %}\n<|user|>\n{{ m['content'] }}\n"
+        "    {%- elif not meta %}\n<|assistant|>\n{{ m.content }}\n    {%- endif %}\n{%- endfor %}\n"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}\n"
+    )
+    said = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, *said]
+    want = "[GM]<sop><|system|>\ns<|user|>\na<|assistant|>\nb<|user|>\nc<|assistant|>"
+    assert ChatTemplate(source).render(messages) == want

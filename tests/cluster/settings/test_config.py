@@ -92,7 +92,7 @@ MISTAKES = [
     (GOOD.replace("50051", "50052"), 2, "gateway.listen", "another address than admin.listen"),
     (GOOD + "admin: {listen: 10.0.0.1:9}\n", 6, "admin.listen", "expected a loopback address, api_keys, or"),
     (GOOD + "ray: {address: nowhere}\n", 6, "ray.address", "expected local, auto or host:port"),
-    ("name: demo\nmodels: []\n", 2, "models", "at least 1 item"),
+    ("name: demo\nmodels: []\n", 2, "models", "models: expected at least 1 item, got []"),
     ("name: demo\n", 1, "models", "is missing; expected a value"),
     ("name: demo\nmodels: 3\n", 2, "models", "expected a valid list, got 3"),
 ]

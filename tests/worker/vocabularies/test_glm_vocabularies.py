@@ -98,6 +98,32 @@ def test_chatglm_6b(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
 
+def completed(model: bytes) -> bytes:
+    """The file as later revisions publish it: with the special pieces, the white space and the bytes in it."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    special = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"]
+    spaces = ["<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
+    kinds = [(special, 3), (spaces, 4), ([f"<0x{b:02X}>" for b in range(256)], 6)]
+    for names, kind in kinds:
+        for name in names:
+            proto.pieces.add(piece=name, score=0.0, type=kind)
+    proto.trainer_spec.byte_fallback = True
+    return bytes(proto.SerializeToString())
+
+
+def test_chatglm_6b_with_everything_in_its_file(tmp_path: Path) -> None:
+    bare = load(tmp_path / "bare", "ice_text.model", ICE, num_image_tokens=0)
+    whole = load(tmp_path / "whole", "ice_text.model", completed(ICE), num_image_tokens=0)
+    assert (whole.vocab_size, whole.special_ids) == (bare.vocab_size, bare.special_ids)
+    assert (whole.bos_token_id, whole.eos_token_id) == (bare.bos_token_id, bare.eos_token_id)
+    for text in [*SENTENCES, "a\td   c  [MASK]<sop>", "世[gMASK]\n"]:
+        assert whole.encode(text) == bare.encode(text)
+        assert whole.decode(whole.encode(text), False) == bare.decode(bare.encode(text), False)
+    broken = completed(ICE).replace(b"[gMASK]", b"[hMASK]")
+    with pytest.raises(CheckpointError, match=r"a piece '\[gMASK\]' expected"):
+        load(tmp_path / "broken", "ice_text.model", broken, num_image_tokens=0)
+
+
 def test_the_first_revisions_of_chatglm_6b(tmp_path: Path) -> None:
     """20,000 ids of images stand in front of those of the text."""
     plain = load(tmp_path / "new", "ice_text.model", ICE, num_image_tokens=0)

@@ -22,7 +22,7 @@ from pathlib import Path
 from flm.kernels.compiled import cache_root, prune_cubins, used
 from flm.kernels.cuda import nvrtc
 from flm.kernels.cuda.kernel import Kernel
-from flm.kernels.errors import UnsupportedDevice
+from flm.kernels.errors import CompileError, UnsupportedDevice
 
 FOLDER = Path(__file__).resolve().parent
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
@@ -143,17 +143,26 @@ def _store(path: Path, content: bytes) -> None:
 def compile_all(
     kernels: Iterable[Kernel], arch: int, progress: Progress | None = None, cache: Path | None = None
 ) -> dict[Kernel, Compiled]:
-    """Many kernels at once, in as many threads as there are cores. progress(done, all, kernel) after each."""
+    """Many kernels at once, in as many threads as there are cores. progress(done, all, kernel) after each.
+
+    Where NVRTC refuses one, the others are compiled all the same, and are in the cache when CompileError is raised."""
     todo = list(dict.fromkeys(kernels))
     done: dict[Kernel, Compiled] = {}
+    refused: list[CompileError] = []
     with ThreadPoolExecutor(max_workers=max(1, len(os.sched_getaffinity(0)))) as pool:
         futures = {pool.submit(compile_kernel, kernel, arch, cache): kernel for kernel in todo}
         try:
             for future in as_completed(futures):
-                done[futures[future]] = future.result()
+                try:
+                    done[futures[future]] = future.result()
+                except CompileError as error:
+                    refused.append(error)
+                    continue
                 if progress is not None:
                     progress(len(done), len(todo), futures[future])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if refused:
+        raise refused[0]
     return done

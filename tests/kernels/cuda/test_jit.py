@@ -100,3 +100,10 @@ def test_progress_counts_every_kernel(tmp_path):
     kernels = [instance("take_rows.cu", "take_rows", "uint4"), instance("take_rows.cu", "take_rows", "short")]
     jit.compile_all(kernels * 2, 90, lambda done, total, kernel: seen.append((done, total, kernel)), tmp_path)
     assert [s[:2] for s in seen] == [(1, 2), (2, 2)] and {s[2] for s in seen} == set(kernels)
+
+
+def test_a_kernel_that_is_refused_leaves_the_others(tmp_path):
+    kernels = [instance("take_rows.cu", "take_rows", kind) for kind in ("no_such_type", "uint4", "short")]
+    with pytest.raises(CompileError, match=r"take_rows<no_such_type>"):
+        jit.compile_all(kernels, 90, cache=tmp_path)
+    assert len(list(tmp_path.glob("*.cubin"))) == 2

@@ -42,7 +42,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], skip: bool) -> str:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_streams_of_any_tokens(tokenizer: Tokenizer, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=30))
     for skip in (True, False):
@@ -52,7 +52,7 @@ def test_streams_of_any_tokens(tokenizer: Tokenizer, data: st.DataObject) -> Non
 
 
 @given(text=TEXT)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode([]) == ""
     ids = tokenizer.encode(text, add_special=False, parse_special=False)
@@ -62,7 +62,7 @@ def test_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
 
 
 @given(text=TEXT.filter(bool), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_streams_that_go_on_elsewhere(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
     """Cut anywhere, also within a character: what came before and what comes after are the whole, and none of it is
     half a character."""

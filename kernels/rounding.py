@@ -16,6 +16,7 @@ from flm.kernels.copying import in_pieces
 from flm.kernels.cores import usable_cpus
 from flm.kernels.cpu.configure import load_ops
 from flm.kernels.quant import QuantizedMatrix, pack_nibbles
+from flm.kernels.refining import refined
 
 F32 = NDArray[np.float32]
 # parts of a group's range: its outermost weights are given up for the others
@@ -38,8 +39,8 @@ def round_weighted(values_NK: NDArray[np.float32], group: int, weight_K: F32) ->
 
 def round_even(values_NK: F32, group: int) -> QuantizedMatrix:
     """A float32 matrix as int4 with little squared error in every group, for inputs of which nothing is known: the best of a few
-    ranges, each fitted to its codes by least squares. The same on every machine, and in one thread: it is done while matrices are read,
-    which goes on in several."""
+    ranges, each fitted to its codes by least squares. The same on every machine, and in one thread: matrices are rounded while they
+    are read, which goes on in several."""
     n, groups = len(values_NK), -(-values_NK.shape[1] // group)
     values, narrowings = np.ascontiguousarray(values_NK, np.float32), np.array(FEW_NARROWINGS, np.float32)
     scales, offsets = np.empty((n, groups), np.float32), np.empty((n, groups), np.float32)
@@ -96,7 +97,8 @@ def round_compensated(values_NK: F32, group: int, moments_KK: F32) -> QuantizedM
     """A float32 matrix as int4, each input's error made good by the inputs that are rounded after it.
 
     moments: mean of x xᵀ over the inputs x, so that error · moments · errorᵀ is the expected squared error of an output. GPTQ
-    (arXiv:2210.17323), inputs with the largest mean squares first, with the groups' scales and offsets of round_weighted."""
+    (arXiv:2210.17323), inputs with the largest mean squares first, with the groups' scales and offsets of round_weighted; both
+    are improved afterwards."""
     load_ops("steps")
     from flm.kernels.cpu.steps import compensate
 
@@ -121,7 +123,7 @@ def round_compensated(values_NK: F32, group: int, moments_KK: F32) -> QuantizedM
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     codes = np.zeros((n, scales.shape[1] * group), np.uint8)
     codes[:, order] = ordered
-    return replace(plain, codes=pack_nibbles(codes))
+    return refined(replace(plain, codes=pack_nibbles(codes)), values_NK, _damped(moments_KK, DAMPING))
 
 
 def _inverse_factor(moments: F32) -> F32:

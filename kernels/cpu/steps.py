@@ -1,5 +1,5 @@
 """Rounding to int4: a search of each group's steps, over narrowings of its range, each fitted to its codes by weighted least
-squares; and codes one input after the other, each error made good by the inputs that follow.
+squares; codes one input after the other, each error made good by the inputs that follow; and what improves both afterwards.
 
 Sums may be taken in any order: rounding happens once, when a checkpoint is converted, and never in ranks that have to agree.
 """
@@ -96,3 +96,42 @@ def compensate(left_NK, start, stop, factor_KK, scales_NG, offsets_NG, group_of_
             codes_NK[n, i], errors_NB[n, i - start] = np.uint8(code), error
             for j in range(i + 1, stop):
                 left[j] -= factor_KK[i, j] * error
+
+
+@njit("(float32[:, ::1], uint8[:, ::1], int64, int64, float64[:, :, ::1])", nogil=True, cache=True)
+def project(products_NK, codes_NK, group, column, system_NPP):  # type: ignore
+    """One column of every row's normal equations, whose unknowns are its G scales and then its G offsets. products: the codes of
+    group `column` times the moments of its inputs with all inputs."""
+    K, groups = products_NK.shape[1], system_NPP.shape[1] // 2
+    for n in range(products_NK.shape[0]):
+        for g in range(groups):
+            coded, plain = np.float64(0), np.float64(0)
+            for k in range(g * group, min((g + 1) * group, K)):
+                coded += products_NK[n, k] * np.float32(codes_NK[n, k])
+                plain += products_NK[n, k]
+            system_NPP[n, g, column] = coded
+            system_NPP[n, groups + g, column] = system_NPP[n, column, groups + g] = plain
+
+
+@njit(
+    "(uint8[:, ::1], int64, int64, float32[:, ::1], int64, float32[:, ::1], float32[:, ::1], float32[:, ::1])",
+    nogil=True,
+    cache=True,
+)
+def descend(codes_NK, start, stop, scales_NG, group, gradient_NK, moments_KK, moved_NB):  # type: ignore
+    """The best code of each of the inputs start..stop in turn, where all others stay; moved: by how much their weights changed.
+    gradient: (weights - values) · moments, kept up for these inputs only."""
+    for n in range(codes_NK.shape[0]):
+        gradient, moved = gradient_NK[n], moved_NB[n]
+        for i in range(start, stop):
+            scale, code = scales_NG[n, i // group], np.float32(codes_NK[n, i])
+            moved[i - start] = 0
+            curvature = moments_KK[i, i] * scale
+            if curvature == 0:
+                continue
+            best = min(max(np.rint(code - gradient[i] / curvature), np.float32(0)), TOP)
+            if best != code:
+                change = (best - code) * scale
+                codes_NK[n, i], moved[i - start] = np.uint8(best), change
+                for k in range(start, stop):
+                    gradient[k] += change * moments_KK[i, k]

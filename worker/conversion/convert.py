@@ -40,6 +40,7 @@ PACKING_FIELDS = ("quantization_config", "compression_config", "quantization_bit
 LARGEST_COPIED = (
     64 << 20
 )  # tokenizers and templates; nothing of this size that is no weight file belongs to a model
+CALIBRATED = 0.97  # of the work of a calibrated conversion, when only the writing is left
 
 Progress = Callable[[float], None]
 
@@ -79,21 +80,24 @@ def convert(
         return
     pickled = not any(source.glob("*.safetensors"))
     if calibrate:
-        checkpoint = _calibrated(source, pickled, quantization, tensor_parallel)
+        part = lambda fraction: on_progress(CALIBRATED * fraction)
+        checkpoint = _calibrated(source, pickled, quantization, tensor_parallel, part)
     else:
         checkpoint = open_pickles(source) if pickled else open_checkpoint(source)
+    begun = CALIBRATED if calibrate else 0.0
+    report = lambda fraction: on_progress(begun + (1 - begun) * fraction)
     with _appearing(target) as partial:
         _copy_beside(source, partial)
         if tensor_parallel:
-            extra = write_shards(
-                checkpoint, partial, quantization, tensor_parallel, expert_parallel, on_progress
-            )
+            extra = write_shards(checkpoint, partial, quantization, tensor_parallel, expert_parallel, report)
         else:
-            extra = write_weights(checkpoint, partial, quantization, on_progress)
+            extra = write_weights(checkpoint, partial, quantization, report)
         _write_config(source / "config.json", partial / "config.json", extra)
 
 
-def _calibrated(source: Path, pickled: bool, quantization: str, tensor_parallel: int) -> Checkpoint:
+def _calibrated(
+    source: Path, pickled: bool, quantization: str, tensor_parallel: int, on_progress: Progress
+) -> Checkpoint:
     precision = parse_quantization(quantization)
     if precision.format != "int4" or tensor_parallel:
         raise ConfigError(
@@ -101,7 +105,7 @@ def _calibrated(source: Path, pickled: bool, quantization: str, tensor_parallel:
         )
     if pickled:
         raise ConfigError("safetensors expected; convert the pickles first", field="calibrate")
-    return calibrated(source, precision)
+    return calibrated(source, precision, on_progress)
 
 
 def _copy_beside(source: Path, target: Path) -> None:

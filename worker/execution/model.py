@@ -120,6 +120,10 @@ class Decoder:
         parts = enumerate(layer.feed_forward for layer in self.layers)
         return {i: self.backend.to_host(p.counts_N).copy() for i, p in parts if isinstance(p, Experts)}
 
+    def residual(self, tokens: int) -> Array:
+        """What layers add to [T, E], as a step of so many tokens has left it."""
+        return self._x_TE[:tokens]
+
     def hidden(self, inputs: StepInputs) -> Array:
         """Final normed hidden states [T, E] of the step's tokens; writes their K and V to the caches."""
         T = len(inputs.ids_T)

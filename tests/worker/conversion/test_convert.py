@@ -21,6 +21,7 @@ from flm.kernels.quant import QuantizedMatrix, quantize
 from flm.worker import Engine
 from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.checkpoints.weights import shard_spec
+from flm.worker.conversion import calibration
 from flm.worker.conversion.convert import convert
 from flm.worker.errors import CheckpointError, ConfigError
 
@@ -234,3 +235,26 @@ def test_calibrated_int4_is_nearer_than_rounding_to_the_nearest(tmp_path: Path) 
     for quantization, ranks in (("int8", 0), ("int4", 2)):
         with pytest.raises(ConfigError, match="calibrate: int4 for any number of ranks expected"):
             convert(source, tmp_path / "n", quantization, ranks, lambda _: None, calibrate=True)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2"])
+def test_experts_and_latent_attention_are_calibrated(tmp_path: Path, name: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(calibration, "SEQUENCES", 8)
+    monkeypatch.setattr(calibration, "TOKENS", 96)
+    source, ids = GOLDEN / name, np.random.default_rng(1).integers(3, 90, (4, 40))
+    seen: list[float] = []
+    convert(source, tmp_path / "m", "int4:group=64", 0, seen.append, calibrate=True)
+    assert seen == sorted(seen) and 0 < seen[0] < 0.3 and seen[-1] == pytest.approx(1.0)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    rounded = [name for name in checkpoint.shapes if "experts." in name or "_a_proj" in name]
+    assert rounded and all(checkpoint.storage(name).format == "int4" for name in rounded)
+    exact, made, plain = (
+        read_all(path, ids, quantization)
+        for path, quantization in ((source, "fp32"), (tmp_path / "m", "auto"), (source, "int4:group=64"))
+    )
+    assert np.square(made - exact).sum() < 0.9 * np.square(plain - exact).sum()
+
+
+def read_all(path: Path, ids: Any, quantization: str) -> Any:
+    with Engine(path, max_sequences=4, quantization=quantization) as engine:
+        return np.concatenate([engine.logits(row.tolist()) for row in ids]).astype(np.float64)

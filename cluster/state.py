@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flm.worker.errors import InvalidRequest, NotFound
+from flm.worker.errors import ConfigError, InvalidRequest, NotFound
 
 DESIRED, ENDPOINT, STARTS = "desired.json", "endpoint.json", "starts.json"
 
@@ -144,7 +144,13 @@ def count_start(folder: Path) -> tuple[int, float]:
 
 
 def save_endpoint(endpoint: Endpoint) -> None:
-    write_atomic(state_dir(endpoint.name) / ENDPOINT, asdict(endpoint))
+    """ConfigError where it cannot be kept."""
+    folder = state_dir(endpoint.name)
+    try:
+        write_atomic(folder / ENDPOINT, asdict(endpoint))
+    except OSError as error:
+        message = f"the cluster's state cannot be kept in {folder}: {error.strerror}; expected a folder that can be written"
+        raise ConfigError(f"{message}, below XDG_STATE_HOME or ~/.local/state") from error
 
 
 def forget(name: str) -> None:

@@ -15,6 +15,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
+from flm.kernels.errors import CacheUnusable
+
 UNUSED = 30 * 86400.0  # seconds
 SUPERSEDED = 86400.0
 HELD = ".held"  # locked by those that use the folder; says of which installation it is, and when it was last used
@@ -28,7 +30,15 @@ def cache_root() -> Path:
 
 
 def hold(folder: Path, installation: str) -> IO[str]:
-    """Make a folder that is not removed for as long as the file that this returns is open."""
+    """Make a folder that is not removed for as long as the file that this returns is open. CacheUnusable where it cannot be
+    made."""
+    try:
+        return _hold(folder, installation)
+    except OSError as error:
+        raise CacheUnusable(folder, error.strerror or str(error)) from error
+
+
+def _hold(folder: Path, installation: str) -> IO[str]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError), ExitStack() as stack:  # removed between two of our steps

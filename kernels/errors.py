@@ -39,6 +39,18 @@ class OpenMPMissing(KernelError):
         )
 
 
+class CacheUnusable(KernelError):
+    """The folder for compiled kernels cannot be made or written."""
+
+    permanent = True
+
+    def __init__(self, folder: object, why: str) -> None:
+        super().__init__(
+            f"compiled kernels cannot be kept in {folder}: {why}; expected a folder that can be written, "
+            "below XDG_CACHE_HOME or ~/.cache"
+        )
+
+
 class CollectiveError(KernelError):
     """A collective between ranks did not complete."""
 

@@ -53,7 +53,9 @@ def _print_table() -> None:
 
     from flm.worker.families.support import SUPPORT
 
-    table = Table("model", "architecture", "verified", "note", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("model", "architecture", "verified", "note"):
+        table.add_column(heading, overflow="fold")  # nothing is cut off, however narrow the terminal
     for row in SUPPORT:
         for name in row.models:
             table.add_row(name, row.architecture, row.verified, row.note)

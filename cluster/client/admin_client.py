@@ -53,7 +53,11 @@ class AdminClient:
         self._call(self._stub.Shutdown, flm_pb2.ShutdownRequest(drain_timeout=drain_timeout), timeout)
 
     def events(self, replay: bool) -> Iterator[flm_pb2.Event]:
-        """Until the controller ends."""
+        """Until the controller ends. Unavailable where there is none."""
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=self._wait)
+        except grpc.FutureTimeoutError:
+            raise self._nobody(self._wait) from None
         try:
             yield from self._stub.WatchEvents(
                 flm_pb2.WatchEventsRequest(replay=replay), metadata=self._metadata, wait_for_ready=True
@@ -67,7 +71,8 @@ class AdminClient:
             return method(request, timeout=seconds, metadata=self._metadata, wait_for_ready=True)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                raise Unavailable(
-                    f"no answer from the controller at {self._address} within {seconds:g} s"
-                ) from None
+                raise self._nobody(seconds) from None
             raise from_rpc_error(error) from None
+
+    def _nobody(self, seconds: float) -> Unavailable:
+        return Unavailable(f"no answer from the controller at {self._address} within {seconds:g} s")

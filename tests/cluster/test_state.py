@@ -10,7 +10,7 @@ import pytest
 
 from flm.cluster import state
 from flm.cluster.state import Desired, Endpoint, ModelFacts
-from flm.worker.errors import InvalidRequest, NotFound
+from flm.worker.errors import ConfigError, InvalidRequest, NotFound
 
 DESIRED = Desired(
     "name: x",
@@ -49,6 +49,13 @@ def test_keys_are_their_owners_only(root: Path, tmp_path: Path) -> None:
     for file in (root / "a" / state.ENDPOINT, tmp_path / state.DESIRED):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert DESIRED.replica_key not in repr(DESIRED)
+
+
+def test_a_state_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot be kept in .*/file/flm-cluster/a: Not a directory"):
+        state.save_endpoint(Endpoint("a", "h:1", "h:2"))
 
 
 def test_the_only_cluster_needs_no_name() -> None:

@@ -12,6 +12,7 @@ from typing import IO
 import pytest
 
 from flm.kernels.compiled import HELD, SUPERSEDED, UNUSED, hold, prune_cubins, prune_folders
+from flm.kernels.errors import CacheUnusable
 
 NOW = 2e9
 HOLDER = """
@@ -87,6 +88,14 @@ def test_a_folder_that_goes_while_it_is_taken_is_made_anew(
     with hold(folder, "there") as held:
         held.seek(0)
         assert held.read() == "there" == (folder / HELD).read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CacheUnusable, match=r"/file/kernels: Not a directory; expected .* below XDG_CACHE_HOME"
+    ):
+        hold(tmp_path / "file" / "kernels", "here")
 
 
 def test_cubins_go_with_what_is_told_of_them(tmp_path: Path) -> None:

@@ -125,3 +125,8 @@ def test_nobody_there_is_said_within_the_wait() -> None:
         pytest.raises(Unavailable, match="no answer from the controller at 127"),
     ):
         client.status()
+    with (
+        AdminClient(address, wait=0.3) as client,
+        pytest.raises(Unavailable, match="no answer from the controller at 127"),
+    ):
+        next(client.events(replay=True))

@@ -46,9 +46,10 @@ class Answer:
         return {**self.__dict__, "tokens_per_second": self.tokens_per_second}
 
 
-def read_answer(frames: Iterable[flm_pb2.GenerateFrame], show: Callable[[str], None]) -> Answer:
-    """Read a stream to its end; `show` gets each piece of text."""
-    answer, began = Answer(), time.perf_counter()
+def read_answer(frames: Iterable[flm_pb2.GenerateFrame], show: Callable[[str], None], began: float) -> Answer:
+    """Read a stream to its end; `show` gets each piece of text. `began`: time.perf_counter() before the call, whose first
+    frames may be there before this reads."""
+    answer = Answer()
     for frame in frames:
         now = time.perf_counter() - began
         if frame.token_ids and not answer.token_ids:

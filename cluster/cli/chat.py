@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,9 +80,10 @@ class Conversation:
             show(piece)
 
         said: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        began = time.perf_counter()
         try:
             with self._ask(said) as stream:
-                answer = read_answer(stream, remember)
+                answer = read_answer(stream, remember, began)
         except KeyboardInterrupt:
             if shown:
                 self.messages = [*said, {"role": "assistant", "content": "".join(shown)}]

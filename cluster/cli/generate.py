@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -37,8 +38,9 @@ def generate(
     text = options.text_argument(prompt)
     with options.gateway_client(target) as client:
         options.say_if_none_is_ready(client, model)
+        began = time.perf_counter()
         with client.generate(text, sampling, model=model, adapter=adapter) as stream:
-            answer = read_answer(stream, no_show if as_json else show_text)
+            answer = read_answer(stream, no_show if as_json else show_text, began)
     print(json.dumps(answer.to_json()) if as_json else "")
     if stats:
         print(answer.stats(), file=sys.stderr)

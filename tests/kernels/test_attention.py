@@ -75,3 +75,10 @@ def test_slopes_make_far_keys_count_less(cpu, exact, rng, case):
 def test_padding_tokens_give_zeros(cpu, exact, rng):
     batch = Batch(cpu, exact, rng, CASES[2], np.float32)
     assert_padding_gives_zeros(batch.step, lambda rows: batch.run(cpu, 0, rows))
+
+
+def test_the_first_block_of_all_layers_lies_together(cpu):
+    caches = cpu.kv_caches(30, 64, 16, 3, 64)
+    starts = [part.__array_interface__["data"][0] for cache in caches for part in (cache.k, cache.v)]
+    assert max(starts) - min(starts) < 1 << 20  # and so in one large page or two
+    assert all(start % 64 == 0 for start in starts)

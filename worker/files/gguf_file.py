@@ -19,6 +19,7 @@ from flm.kernels.gguf_blocks import BLOCK_TYPES, TYPE_NUMBERS
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
 from flm.worker.files.byte_file import ByteFile
+from flm.worker.files.layout import layout_fault
 
 _SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
@@ -250,17 +251,11 @@ class GGUFFile:
         tensors = {
             name: self._tensor(name, shape, kind, base + offset) for name, shape, kind, offset in infos
         }
-        end, before = base, "the header"
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
-            if tensor.offset < end:
-                raise self._fail(
-                    f"tensor {name!r} at byte {tensor.offset} overlaps {before!r}, which ends at {end}"
-                )
-            end, before = tensor.offset + tensor.nbytes, name
-        if end > self._file.size:
-            raise self._fail(
-                f"truncated: {end} bytes expected, where tensor {before!r} ends, found {self._file.size}"
-            )
+        fault = layout_fault(
+            ((name, tensor.offset, tensor.nbytes) for name, tensor in tensors.items()), base, self._file.size
+        )
+        if fault:
+            raise self._fail(fault)
         return tensors
 
     def _tensor(self, name: str, shape: tuple[int, ...], number: int, offset: int) -> GGUFTensor:

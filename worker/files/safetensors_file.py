@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from flm.worker.config import Span
 from flm.worker.errors import CheckpointError
 from flm.worker.files.byte_file import ByteFile
+from flm.worker.files.layout import layout_fault
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -114,7 +115,10 @@ class SafetensorsFile:
         if not isinstance(header, dict):
             raise self._fail(f"the header must be a JSON object, found {type(header).__name__}")
         entries = {n: self._entry(n, raw, 8 + length) for n, raw in header.items() if n != "__metadata__"}
-        self._check_layout(entries, 8 + length)
+        places = ((name, entry.offset, entry.nbytes) for name, entry in entries.items())
+        fault = layout_fault(places, 8 + length, size)
+        if fault:
+            raise self._fail(fault)
         return entries
 
     def _entry(self, name: str, raw: Any, base: int) -> TensorEntry:
@@ -142,20 +146,6 @@ class SafetensorsFile:
                 f"tensor {name!r}: {dtype} {shape} needs {want} bytes, its data_offsets hold {stop - start}"
             )
         return TensorEntry(dtype, tuple(shape), base + start, want)
-
-    def _check_layout(self, entries: dict[str, TensorEntry], base: int) -> None:
-        end, before = base, "the header"
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-            if entry.nbytes and entry.offset < end:
-                raise self._fail(
-                    f"tensor {name!r} at byte {entry.offset} overlaps {before!r}, which ends at {end}"
-                )
-            if entry.nbytes:
-                end, before = entry.offset + entry.nbytes, name
-        if end > self._file.size:
-            raise self._fail(
-                f"truncated: {end} bytes expected, where tensor {before!r} ends, found {self._file.size}"
-            )
 
 
 def open_safetensors(directory: Path) -> dict[str, SafetensorsFile]:

@@ -140,7 +140,10 @@ def saying(**fields: object) -> Callable[[Path], None]:
 
 
 DIRECTORIES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (cut, "truncated: tensor "),
+    "truncated": (
+        cut,
+        "truncated: 385776 bytes expected, where tensor 'model.norm.weight' ends, found 192888",
+    ),
     "empty": (lambda file: file.write_bytes(b""), "the file is empty"),
     "corrupt": (flip_header, "the header is not JSON"),
     "no file": (Path.unlink, "holds config.json but no weights (*.safetensors)"),

@@ -18,6 +18,7 @@ from flm.cluster.wire.listen import bind, create_server
 from flm.cluster.wire.outbox import Outbox
 from flm.cluster.wire.replica_messages import check_addressee, to_request
 from flm.kernels.cores import usable_cpus
+from flm.kernels.errors import KernelError
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import FlmError, InternalError, InvalidRequest, Unavailable
 from flm.worker.request import FinishReason, Request, TokenEvent
@@ -25,6 +26,7 @@ from flm.worker.request import FinishReason, Request, TokenEvent
 log = logging.getLogger(__name__)
 
 FRAMES_PER_CORE = 100  # frames per second to clients: they cost gateway and client a few percent of the cores
+COUNTING = 0.3  # seconds that a heartbeat waits for the counts of experts, which follow the steps under way
 MAX_FRAMES = 8000  # frames per second that one gateway's event loop can send
 
 
@@ -54,6 +56,8 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self._replica_id = replica_id
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._counting: asyncio.Future[dict[int, list[int]]] | None = None
+        self._expert_counts: dict[int, list[int]] = {}  # as they were last told
         self._frames_per_second = min(usable_cpus() * FRAMES_PER_CORE, MAX_FRAMES)
         self._outboxes: set[Outbox] = set()
         self.streams: dict[str, Outbox] = {}  # request id → whose it is
@@ -145,7 +149,7 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
         self, request: flm_pb2.HeartbeatRequest, context: grpc.aio.ServicerContext
     ) -> flm_pb2.HeartbeatResponse:
         check_addressee(context.invocation_metadata(), self._replica_id)
-        replica = self._replica
+        replica, expert_counts = self._replica, await self._count_experts()
         load = replica.load()
         fields = (field.name for field in flm_pb2.ReplicaLoad.DESCRIPTOR.fields)
         return flm_pb2.HeartbeatResponse(
@@ -156,8 +160,21 @@ class ReplicaService(flm_pb2_grpc.ReplicaServicer):
             still=replica.still(),
             load=flm_pb2.ReplicaLoad(**{name: getattr(load, name) for name in fields}),
             message=replica.failure,
-            experts=[flm_pb2.LayerExperts(layer=i, tokens=n) for i, n in replica.expert_counts().items()],
+            experts=[flm_pb2.LayerExperts(layer=i, tokens=n) for i, n in expert_counts.items()],
         )
+
+    async def _count_experts(self) -> dict[int, list[int]]:
+        """As they are; as they were at a heartbeat before, where a device does not come to tell: how old its step is has
+        to be told nonetheless, and no stream waits meanwhile."""
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.ensure_future(asyncio.to_thread(self._replica.expert_counts))
+        counting = self._counting
+        if (await asyncio.wait({counting}, timeout=COUNTING))[0]:
+            try:
+                self._expert_counts = counting.result()
+            except KernelError as error:  # which its next step fails with, and says which rank
+                log.warning("experts of %s were not counted: %s", self._replica_id, error)
+        return self._expert_counts
 
 
 class ReplicaServer:

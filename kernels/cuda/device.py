@@ -52,6 +52,7 @@ class CupyDevice:
         self._functions: dict[Kernel, Any] = {}
         self._permitted: dict[Kernel, int] = {}  # bytes of dynamic shared memory
         self._staged: list[Any] = []
+        self._awaited: dict[int, list[Any]] = {}  # what copies to the host fill until they were waited for
         self._errors = (runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError)
         self.cuda = int(runtime.runtimeGetVersion()) // 1000  # CUDA's major version
         self.bus: str = runtime.deviceGetPCIBusId(ordinal)
@@ -122,15 +123,24 @@ class CupyDevice:
         return self._reached()
 
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
-        """Copies on the current stream; the call that is returned waits for them, and gives them."""
+        """Copies on the current stream; the call that is returned waits for them, and gives them.
+
+        Until then the GPU may write to them: where nobody waits, they are never given back to CuPy, for others to use."""
         hosts = [self.page_locked(a.nbytes).view(a.dtype).reshape(a.shape) for a in arrays]
+        self._awaited[id(hosts)] = hosts
         try:
             for array, host in zip(arrays, hosts, strict=True):
                 array.get(out=host, blocking=False)
         except self._errors as e:
             raise self._failure(e) from e
         reached = self._reached()
-        return lambda: reached() or hosts
+
+        def wait() -> list[Any]:
+            reached()
+            self._awaited.pop(id(hosts), None)
+            return hosts
+
+        return wait
 
     def _reached(self) -> Callable[[], None]:
         """Waits until the current stream has come to what was launched last."""

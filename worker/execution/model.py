@@ -116,9 +116,11 @@ class Decoder:
         return FeedForward(loading, prefix, self.shard.intermediate)
 
     def expert_counts(self) -> dict[int, NDArray[np.int64]]:
-        """By layer, for those that have experts: how many tokens chose each one so far."""
+        """By layer, for those that have experts: how many tokens chose each one so far. From any thread; where steps are
+        under way on a device, it waits for those once, and not for each layer."""
         parts = enumerate(layer.feed_forward for layer in self.layers)
-        return {i: self.backend.to_host(p.counts_N).copy() for i, p in parts if isinstance(p, Experts)}
+        counts = {i: p.counts_N for i, p in parts if isinstance(p, Experts)}
+        return dict(zip(counts, self.backend.fetch(list(counts.values()))(), strict=True)) if counts else {}
 
     def residual(self, tokens: int) -> Array:
         """What layers add to [T, E], as a step of so many tokens has left it."""

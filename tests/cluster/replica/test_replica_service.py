@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ import pytest
 import pytest_asyncio
 from fake_cluster import KEY, streams_of
 
+from flm.cluster.replica import replica_service
 from flm.cluster.replica.replica_service import ReplicaServer
 from flm.cluster.wire.grpc_errors import from_status_bytes
 from flm.cluster.wire.replica_messages import call_metadata
+from flm.kernels.errors import DeviceFailed
 from flm.proto import flm_pb2, flm_pb2_grpc
 from flm.worker.errors import InternalError, InvalidRequest, Overloaded
 from flm.worker.request import FinishReason, Request, TokenEvent
@@ -200,6 +203,41 @@ async def test_heartbeat(wire: Wire) -> None:
     assert [(e.layer, list(e.tokens)) for e in answer.experts] == [(1, [4, 0, 2]), (2, [3, 3, 0])]
     assert (answer.state, answer.message) == (flm_pb2.REPLICA_STATE_FAILED, "rank 1 hung")
     assert (answer.load.running, answer.load.blocks_total, answer.load.prefix_hits) == (2, 10, 3)
+
+
+async def test_a_device_that_does_not_tell_its_experts_holds_up_neither_streams_nor_heartbeats(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_service, "COUNTING", 0.01)
+    replica, device_done, asked = wire.replica, threading.Event(), []
+
+    def slow() -> dict[int, list[int]]:
+        asked.append(threading.current_thread())
+        assert device_done.wait(60)
+        return {1: [5]}
+
+    async def beat() -> list[tuple[int, list[int]]]:
+        answer = await wire.stub.Heartbeat(flm_pb2.HeartbeatRequest(), metadata=METADATA, timeout=50)
+        return [(e.layer, list(e.tokens)) for e in answer.experts]
+
+    assert len(await beat()) == 2
+    monkeypatch.setattr(replica, "expert_counts", slow)
+    call = await wire.call("a")
+    hung = [await beat() for _ in range(3)]
+    replica.emit([TokenEvent("a", (5,))])
+    assert [list(f.token_ids) for f in (await call.read()).frames] == [[5]]
+    device_done.set()
+    while (told := await beat()) == hung[0]:
+        pass
+    assert (told, hung) == ([(1, [5])], [[(1, [4, 0, 2]), (2, [3, 3, 0])]] * 3)
+    assert asked[0] is not threading.main_thread()
+
+    def lost() -> dict[int, list[int]]:
+        raise DeviceFailed("0 (H200)", "cudaErrorLaunchFailure")
+
+    monkeypatch.setattr(replica, "expert_counts", lost)
+    assert await beat() == told
+    call.cancel()
 
 
 REFUSED = [

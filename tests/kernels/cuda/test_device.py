@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from array import array as buffer
 from importlib import metadata
 from pathlib import Path
 
@@ -172,6 +174,27 @@ def test_copies_that_are_waited_for_later(cupy):
     for call in (later, lambda: device.fetch([]), lambda: device.send(whole, array)):
         with pytest.raises(DeviceFailed, match="ECC"):
             call()
+
+
+def test_nobody_gets_memory_that_the_gpu_may_still_write_to(cupy, monkeypatch):
+    """A step that was under way when its group failed is never waited for."""
+    given = []
+
+    def noticed(nbytes):
+        memory = buffer("b", bytes(nbytes))
+        given.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", noticed)
+    device = CupyDevice()
+    drawn = device.empty((4,), "int32")
+    device.fetch([drawn])  # dropped
+    read = device.fetch([drawn])
+    assert [memory() is None for memory in given] == [False, False]
+    copies = read()
+    assert len(device._awaited) == 1 and given[1]() is not None
+    del read, copies
+    assert [memory() is None for memory in given] == [False, True]
 
 
 def test_scalars_have_the_width_that_kernels_expect():

@@ -97,11 +97,18 @@ def test_a_latent_cache_is_counted_as_such() -> None:
         assert engine.ranks[0].num_blocks == 20
 
 
-def test_every_rank_counts_every_tokens_experts() -> None:
+def test_every_rank_counts_every_tokens_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.load(GOLDEN / "deepseek_v2" / "ref.npz")["ids"].tolist()
     with tiny("deepseek_v2", tensor_parallel=3, expert_parallel=True) as engine:
         engine.logits(ids)
         counts = [np.array(list(rank.model.expert_counts().values())) for rank in engine.ranks]
+        fetched: list[int] = []
+        backend = engine.ranks[0].backend
+        fetch = backend.fetch
+        monkeypatch.setattr(backend, "fetch", lambda arrays: (fetched.append(len(arrays)), fetch(arrays))[1])
+        told = engine.replica.expert_counts()
+        assert fetched == [2]  # one wait for what a device does meanwhile, not one for each layer
+        assert list(told.values()) == counts[0].tolist()
     assert counts[0].shape == (2, 8)
     assert counts[0].sum(axis=1).tolist() == [3 * len(ids)] * 2
     assert all(np.array_equal(c, counts[0]) for c in counts)

@@ -43,14 +43,21 @@ class Bench:
         self.open, self.inside = threading.Event(), threading.Event()
         self.open.set()
         self.error: Exception | None = None
+        self.waits = False  # launches wait for the step before, until the test lets them
         self.flying: deque[StepPlan] = deque()
         self.events: dict[str, queue.SimpleQueue[TokenEvent]] = {}
         self.replica = Replica(self.world.scheduler, cast(Any, self), self.wire, cast(Any, None), 64)
         self.replica.start(self._keep)
 
+    def awaits(self, plan: StepPlan) -> bool:
+        """As a Runner's."""
+        return self.waits and bool(self.flying)
+
     def launch(self, plan: StepPlan) -> None:
         """As a Runner's."""
         assert len(self.flying) <= self.world.scheduler.ahead
+        if self.awaits(plan):
+            assert self.open.wait(60)
         self.flying.append(plan)
 
     def collect(self) -> StepResult:

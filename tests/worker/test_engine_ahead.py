@@ -71,6 +71,31 @@ def test_the_same_tokens_as_step_by_step(name: str, ranks: int) -> None:
         assert len(ahead) > engine.replica.step / 2
 
 
+def test_what_makes_a_launch_wait_is_known_before() -> None:
+    """Penalties, and nothing else: their tokens are read off the step that is under way."""
+    told, waited = [], []
+    with Engine(GOLDEN / "llama31", overlap=True, max_sequences=2, threads=1) as engine:
+        runner = engine.ranks[0].runner
+        launch = runner.launch
+
+        def noticed(plan: StepPlan) -> None:
+            last, under_way = runner._last, bool(runner._flying)
+            told.append(runner.awaits(plan))
+            token = last.token if last else None
+            read: list[int] = []
+            if last and token:
+                last.token = lambda slot: (read.append(slot), token(slot))[1]  # type: ignore[method-assign]
+            launch(plan)
+            waited.append(under_way and bool(read))
+
+        runner.launch = noticed  # type: ignore[method-assign]
+        for params in (PLAIN, DRAWN):
+            engine.generate(PROMPTS[:1], params)
+            assert not any(told) and not any(waited)
+        engine.generate(PROMPTS[:1], PENALISED)
+    assert told == waited and sum(waited) >= PENALISED.max_tokens - 1
+
+
 def test_adapters_beside_one_another(tmp_path: Path) -> None:
     adapters = {
         name: write_adapter(tmp_path / name, random_factors("llama31", ranks, seed), rank_pattern=ranks)

@@ -124,6 +124,13 @@ class Runner:
             self._last = Draw(plan.step, items, rows, self.backend.fetch(found))
         self._flying.append(self._last)
 
+    def awaits(self, plan: StepPlan) -> bool:
+        """Whether launch() is going to wait for the step before, which drew tokens that penalties of this plan count."""
+        if not self._flying:
+            return False
+        known = (self.slots.get(item.slot) for item in plan.scheduled if item.sample)
+        return any(state is not None and state.row.counts is not None for state in known)
+
     def collect(self) -> StepResult | None:
         """Wait for the oldest step under way; a StepResult on the leader, None on the others."""
         draw = self._flying.popleft()

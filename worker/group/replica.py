@@ -195,6 +195,8 @@ class Replica:
                     return
                 self._flying.append(plan)
             self._channel.send(plan)
+            if self._runner.awaits(plan):  # a whole step: what is known already is not held back so long
+                self._deliver()
             self._runner.launch(plan)
 
     def _collect(self) -> None:

@@ -6,10 +6,12 @@ import threading
 from contextlib import suppress
 
 import pytest
+from fake_ranks import undisturbed
 from replica_bench import Bench, until
 
 from flm.worker.errors import InvalidRequest, Overloaded, Unavailable
 from flm.worker.group import replica as replica_module
+from flm.worker.plan import StepPlan, StepResult
 from flm.worker.request import FinishReason, Request
 
 
@@ -33,6 +35,30 @@ def test_requests_from_many_threads_are_streams_of_their_own(ahead: int) -> None
     assert bench.replica.load().tokens_generated == 16 * 20
     bench.replica.stop()
     assert (bench.replica.state, bench.wire.stops) == ("stopped", 1)
+
+
+def test_tokens_that_are_known_do_not_wait_for_the_step_after() -> None:
+    """The third launch waits for the second step, as penalties make it, with the first step's token in hand."""
+    bench = Bench(ahead=1)
+    bench.hold()
+    request = bench.submit("a")
+    assert bench.inside.wait(60)
+    carry_out = bench.world.ranks.run
+
+    def first(plan: StepPlan) -> StepResult:
+        bench.world.ranks.run = carry_out  # type: ignore[method-assign]
+        bench.waits = True
+        bench.open.clear()
+        return carry_out(plan)
+
+    bench.world.ranks.run = first  # type: ignore[method-assign]
+    bench.open.set()
+    event = bench.events["a"].get(timeout=10)
+    assert len(event.token_ids) == 1 and not bench.open.is_set()
+    bench.open.set()
+    later = [token for event in bench.rest("a") for token in event.token_ids]
+    assert [*event.token_ids, *later] == undisturbed(request, 64)
+    bench.replica.stop()
 
 
 def test_a_full_queue_refuses_and_loses_nothing(bench: Bench) -> None:

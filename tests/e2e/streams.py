@@ -62,7 +62,8 @@ class Streams:
         while not all(len(outcome.token_ids) >= 8 for outcome in self.outcomes):
             assert time.monotonic() < deadline, [(len(o.token_ids), o.error) for o in self.outcomes]
             time.sleep(0.01)
-        assert not any(outcome.last and outcome.last.finish_reason for outcome in self.outcomes)
+        ended = [outcome.last is not None and bool(outcome.last.finish_reason) for outcome in self.outcomes]
+        assert not any(ended), [(len(o.token_ids), o.restarts) for o in self.outcomes]
 
     def wait(self) -> list[Outcome]:
         """Outcomes, each complete, whole and without gaps."""

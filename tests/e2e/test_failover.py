@@ -18,7 +18,7 @@ from flm.cluster.wire.replica_messages import call_metadata
 from flm.proto import flm_pb2, flm_pb2_grpc
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-TOKENS = 96
+TOKENS = 240  # eight fit one replica; where cores are short some streams are seconds behind others
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_scaling_under_load_breaks_no_stream_and_leaves_no_rank(
             assert scaled.returncode == 0, scaled.stderr
             assert_same(streams.wait(), undisturbed)
         cluster.wait_until_whole(target)
-    assert len(cluster.processes("RankActor")) == 2
+    cluster.wait(lambda: len(cluster.processes("RankActor")) == 2, 10)
     assert cluster.run("scale", MODEL, "2").returncode == 0
     cluster.wait_until_whole()
 

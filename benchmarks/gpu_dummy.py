@@ -34,6 +34,10 @@ Array = Any
 Call = Callable[[], None]
 GROUPS = (128, 64, 32)  # the first that divides a matrix' inputs
 
+LLAMA_8B = ModelConfig(
+    "Llama-3-8B", 4096, 32, 128256, 8192, NormConfig(1e-5),
+    AttentionConfig(32, 8, 128, RopeConfig(5e5, 128)), FeedForwardConfig(14336),
+)  # fmt: skip
 DEEPSEEK_V2_LITE = ModelConfig(
     "DeepSeek-V2-Lite", 2048, 27, 102400, 163840, NormConfig(1e-6),
     AttentionConfig(16, 16, 192, RopeConfig(10000.0, 64), latent=LatentConfig(512, 128, 64, 128)),

@@ -13,15 +13,9 @@ from gpu_dummy import DummyBackend, ShapedWeights
 from leader_loop import DRAWN, GREEDY, STEPS, decode_rate
 
 from flm.worker.communication.comm import LocalCommunicator
-from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig
-from flm.worker.config_parts import NormConfig, RopeConfig
+from flm.worker.config import ModelConfig
 from flm.worker.execution.caches import make_caches
 from flm.worker.execution.model import Decoder
-
-LLAMA_8B = ModelConfig(
-    "Llama-3-8B", 4096, 32, 128256, 8192, NormConfig(1e-5),
-    AttentionConfig(32, 8, 128, RopeConfig(5e5, 128)), FeedForwardConfig(14336),
-)  # fmt: skip
 
 
 def engine_rows(

@@ -15,17 +15,12 @@ import numpy as np
 from flm.kernels.cuda.library_products import LibraryProducts
 from flm.kernels.cuda.pack import CudaMatrix
 from flm.worker.communication.comm import LocalCommunicator
-from flm.worker.config import AttentionConfig, FeedForwardConfig, ModelConfig
-from flm.worker.config_parts import NormConfig, RopeConfig
+from flm.worker.config import ModelConfig
 from flm.worker.execution.caches import make_caches
 from flm.worker.execution.model import Decoder
 from flm.worker.layers.loading import StepInputs
 
 Row = dict[str, Any]
-LLAMA_8B = ModelConfig(
-    "Llama-3-8B", 4096, 32, 128256, 8192, NormConfig(1e-5), AttentionConfig(32, 8, 128, RopeConfig(500000.0, 128)),
-    FeedForwardConfig(14336),
-)  # fmt: skip
 TOKENS = (512, 1024, 2048, 4096)
 TIMES = 3
 
@@ -70,7 +65,10 @@ class DummyPrompt:
 
 
 def prompt_speed(
-    device: Any, library: LibraryProducts, model: ModelConfig = LLAMA_8B, tokens: tuple[int, ...] = TOKENS
+    device: Any,
+    library: LibraryProducts,
+    model: ModelConfig = gpu_dummy.LLAMA_8B,
+    tokens: tuple[int, ...] = TOKENS,
 ) -> Iterator[Callable[[], Iterator[Row]]]:
     """For int4 and 16-bit weights, rows of prompts of these lengths, exact and by cuBLASLt."""
     for format in ("int4", "float"):

@@ -209,7 +209,7 @@ def decode_rows(device: CupyDevice, rate: float) -> Iterator[Callable[[], Iterab
         }
 
     def served(M: int) -> Iterator[Row]:
-        return gpu_engine.engine_rows(gpu_dummy.DummyBackend(device), gpu_engine.LLAMA_8B, M)
+        return gpu_engine.engine_rows(gpu_dummy.DummyBackend(device), gpu_dummy.LLAMA_8B, M)
 
     shapes = [
         (gpu_decode.LLAMA_8B, "int4", 1),
@@ -280,7 +280,12 @@ def parts_of(stage: str, device: CupyDevice, rate: float) -> Iterable[Callable[[
 def main() -> None:
     if sys.argv[1:2] not in [[name] for name in STAGES]:
         raise SystemExit(f"one of {', '.join(STAGES)} expected")
-    device, first = CupyDevice(), int(*sys.argv[2:3])
+    try:
+        device = CupyDevice()
+    except KernelError as error:
+        print(error)
+        raise SystemExit(gpu_check.NO_DEVICE) from None
+    first = int(*sys.argv[2:3])
     raise SystemExit(keep(parts_of(sys.argv[1], device, copy_rate(device)), device.synchronize, first))
 
 

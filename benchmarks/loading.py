@@ -39,8 +39,9 @@ from flm.kernels.cpu import arena
 from flm.worker.canonical import decoder_tensors
 from flm.worker.checkpoints.checkpoint import open_checkpoint
 from flm.worker.conversion.convert import convert
+from flm.worker.group.backends import open_backend
 from flm.worker.group.group_spec import GroupSpec
-from flm.worker.group.rank import Rank, open_backend
+from flm.worker.group.rank import Rank
 
 BUFFER = 8 << 20
 TARGETS = "at least 0.70 of the disk's sequential read, at most 1.05 of the shard read, at most 300 MB beside the shard"

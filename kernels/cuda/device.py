@@ -149,14 +149,18 @@ class CupyDevice:
             event.record()
         except self._errors as e:
             raise self._failure(e) from e
+        return self._later(event.synchronize)
 
-        def wait() -> None:
+    def _later(self, call: Callable[[], object]) -> Callable[[], None]:
+        """The call, with what it raises as one of ours."""
+
+        def carried_out() -> None:
             try:
-                event.synchronize()
+                call()
             except self._errors as e:
                 raise self._failure(e) from e
 
-        return wait
+        return carried_out
 
     def use(self) -> None:
         """Make it the calling thread's device."""
@@ -217,14 +221,7 @@ class CupyDevice:
             graph = self._captured(calls)
         except self._errors as e:
             raise self._failure(e) from e
-
-        def launch() -> None:
-            try:
-                graph.launch()
-            except self._errors as e:
-                raise self._failure(e) from e
-
-        return launch
+        return self._later(graph.launch)
 
     def _captured(self, calls: list[Callable[[], None]]) -> Any:
         stream = self._cp.cuda.Stream(non_blocking=True)

@@ -86,9 +86,17 @@ class Communicator(Protocol):
 
 
 class OneByOne(Protocol):
-    """Of communicators that sum first, whatever follows."""
+    """Of communicators that do one thing after the other: sum first, whatever follows, and see a step to its end."""
 
     def all_reduce(self, x: Array) -> None: ...
+    def watched(self) -> AbstractContextManager[None]: ...
+
+    def launching(self) -> AbstractContextManager[None]:
+        """Steps end where they are launched."""
+        return self.watched()
+
+    def awaiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def all_reduce_rms_norm(
         self, ops: Backend, x_TE: Array, delta_TE: Array, weight_E: Array, eps: float, out_TE: Array
@@ -125,12 +133,6 @@ class LocalCommunicator(OneByOne):
 
     def watched(self) -> AbstractContextManager[None]:
         return nullcontext() if self._vigil is None else self._vigil.step()
-
-    def launching(self) -> AbstractContextManager[None]:
-        return self.watched()
-
-    def awaiting(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
     def set_timeout(self, seconds: float) -> None:
         if self._attended:
@@ -179,12 +181,6 @@ class GroupCommunicator(OneByOne):
         return self.group.swap(mine)
 
     def watched(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def launching(self) -> AbstractContextManager[None]:
-        return self.watched()
-
-    def awaiting(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def set_timeout(self, seconds: float) -> None:

@@ -70,7 +70,6 @@ class Drawing:
         self.ids_S = backend.empty((max_rows,), np.int32)
         self._logprobs_S = backend.empty((max_rows,), np.float32)
         self._tops: dict[int, tuple[Array, Array]] = {}  # by N
-        self._drawn: list[Array] = []  # what the present step leaves for the host
 
     def greedy(self, logits_SV: Array, rows: int) -> None:
         """The most likely id of each row. May be captured."""

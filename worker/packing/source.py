@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 from flm.kernels.cores import usable_cpus
@@ -45,6 +46,10 @@ class PackedSource(SafetensorsSource):
 
     def names(self) -> Iterable[str]:
         """Without the biases of zeros that packers write beside weights that have none, and the scales of a cache in fp8."""
+        return self._in_use
+
+    @cached_property
+    def _in_use(self) -> list[str]:
         return [name for name in self._names if not self._is_idle(name)]
 
     def _is_idle(self, name: str) -> bool:

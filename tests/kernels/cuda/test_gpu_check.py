@@ -84,7 +84,7 @@ def test_products_side_by_side_and_prompts(device):
     assert len(fake.streams) == 4 * 3  # once to compare, twice by the timer
     assert library_products.FEW == 256
 
-    few = replace(gpu_prompts.LLAMA_8B, hidden=64, layers=1, vocab=96, feed_forward=FeedForwardConfig(64))
+    few = replace(gpu_dummy.LLAMA_8B, hidden=64, layers=1, vocab=96, feed_forward=FeedForwardConfig(64))
     few = replace(few, attention=AttentionConfig(2, 1, 32, RopeConfig(1e4, 32)))
     rows = [row for part in gpu_prompts.prompt_speed(device, library, few, (16, 32)) for row in part()]
     assert len(rows) == 8 and rows[0]["what"] == "Llama-3-8B prompt, 16 tokens, int4 weights, matmul exact"
@@ -117,6 +117,14 @@ def test_a_stage_that_fails_or_hangs_leaves_the_others_and_its_rows(tmp_path):
     )
     results, _ = gpu_check.check(made[:1], 5, tmp_path)
     assert results["facts"]["said"] == "no time was left"
+
+
+def test_without_a_gpu_it_ends_at_once_and_says_why(tmp_path):
+    none = "import sys\nprint('no driver')\nsys.exit(78)"
+    made = [gpu_check.Stage(name, [sys.executable, "-c", none], 20) for name in ("facts", "tests")]
+    results, path = gpu_check.check(made, 100, tmp_path)
+    assert results["facts"]["said"] == "no driver" and "tests" not in results
+    assert json.loads(path.read_text()) == results
 
 
 def test_stages_are_the_speeds_there_are():
